@@ -1,0 +1,782 @@
+"""The poster's CNN, NephNet2D, and the mixed-precision loop that trains and applies them.
+
+``python model.py`` prints the layer table. In code, with uint8 images (N, H, W) or (N, H, W, C)::
+
+    network = PosterCNN(num_classes=8)
+    history = fit(network, train_images, train_labels, valid_images, valid_labels, POSTER)
+    logits = predict(network, test_images)  # (N, 8) float32
+
+Sources: W. Deng and K. Zhu, "Medical Image Classification Model Based on CNN" (poster, BUPT, 2022)
+and the settings in their public repository dw-dengwei/PML_coursework; NephNet2D: A. Woloshuk et
+al., Cytometry A 99(7):707-721, 2021.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import itertools
+import math
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# --------------------------------------------------------------------------- hyperparameters
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """How a network is sized and trained; the defaults are the poster's printed values.
+
+    Raises
+    ------
+    ValueError
+        A value has the wrong type or is out of its range.
+    """
+
+    num_features: int = 8
+    """Width of the first convolution, at least 1."""
+    batch_size: int = 128
+    """Images a step, at least 1."""
+    learning_rate: float = 0.025
+    """Initial learning rate, above 0."""
+    weight_decay: float = 0.004
+    """L2 penalty of every parameter, at least 0."""
+    momentum: float = 0.8
+    """SGD momentum, in [0, 1)."""
+    nesterov: bool = True
+    """Nesterov's form of it; not printed on the poster, the authors' setting."""
+    dropout: float = 0.5
+    """Share of the hidden layer's outputs dropped, in [0, 1)."""
+    patience: int = 5
+    """Epochs without a better validation loss before the learning rate falls, at least 0."""
+    factor: float = 0.29
+    """What the learning rate is multiplied by then, in (0, 1)."""
+    epochs: int = 100
+    """Passes over the training images, at least 1; not printed, the axis of the curves."""
+
+    def __post_init__(self) -> None:
+        above_zero, below_one = math.ulp(0.0), math.nextafter(1.0, 0.0)
+        limits = {
+            "num_features": (1, 1024),
+            "batch_size": (1, math.inf),
+            "learning_rate": (above_zero, math.inf),
+            "weight_decay": (0, math.inf),
+            "momentum": (0, below_one),
+            "dropout": (0, below_one),
+            "patience": (0, math.inf),
+            "factor": (above_zero, below_one),
+            "epochs": (1, math.inf),
+        }
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, field.name, value := float(value))
+            if type(value) is not kind:
+                raise ValueError(f"{field.name} must be of type {kind.__name__}, not {value!r}")
+            if field.name in limits:
+                low, high = limits[field.name]
+                if not low <= value <= high or not math.isfinite(value):
+                    raise ValueError(f"{field.name} {value!r} is out of its range")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+
+
+POSTER = Hyperparameters()
+# The 16 digits of the authors' own run; the poster prints 0.025 and 0.004.
+AUTHORS = replace(POSTER, learning_rate=0.025336627337952815, weight_decay=0.0046684446208345)
+
+# ---------------------------------------------------------------------------------- networks
+
+
+def _convolutions(channels: Sequence[int], pooled: Sequence[int]) -> nn.Sequential:
+    """Chain 3x3 convolution, BatchNorm and ReLU; average-pool 2x2 after those in `pooled`."""
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(channels)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        if i in pooled:
+            layers.append(nn.AvgPool2d(2))
+    return nn.Sequential(*layers)
+
+
+def _classifier(num_features: int, num_classes: int, image_size: int, dropout: float):
+    """Flatten 16f maps, pooled three times; dense, ReLU, dropout, dense."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(16 * num_features * (image_size // 8) ** 2, 16 * num_features),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(16 * num_features, num_classes),
+    )
+
+
+class _Network(nn.Module):
+    """Checks and remembers the arguments that rebuild the network (`config`)."""
+
+    def __init__(
+        self, num_features: int, num_classes: int, in_channels: int, image_size: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "network": type(self).__name__,
+            "num_features": num_features,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "dropout": dropout,
+        }
+        for name, least in {
+            "num_features": 1,
+            "num_classes": 2,
+            "in_channels": 1,
+            "image_size": 8,
+        }.items():
+            if type(self.config[name]) is not int or self.config[name] < least:
+                raise ValueError(f"{name} must be an integer from {least} up")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout {dropout!r} is out of its range")
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) float in [0, 1]
+        return self.classifier(self.features(images))  # (B, num_classes) logits
+
+
+class PosterCNN(_Network):
+    """The poster's network: eight convolutions f, f, f, 2f, 2f, 4f, 8f, 16f, two dense layers.
+
+    250,904 parameters at 8 features, 8 classes and 28x28 gray images. The hidden dense layer
+    and its dropout are the authors' code's; the figure leaves them out. Weights are initialised by
+    PyTorch's defaults, as theirs were.
+
+    Parameters
+    ----------
+    num_features : int
+        f, at least 1.
+    num_classes : int
+        At least 2.
+    in_channels : int
+        1 for gray images, 3 for RGB.
+    image_size : int
+        Height and width in pixels, at least 8.
+    dropout : float
+        Share of the hidden layer's outputs dropped while training, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        A size is too small, or the dropout out of its range.
+    """
+
+    def __init__(
+        self,
+        num_features: int = 8,
+        num_classes: int = 8,
+        in_channels: int = 1,
+        image_size: int = 28,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__(num_features, num_classes, in_channels, image_size, dropout)
+        widths = [num_features * multiple for multiple in (1, 1, 1, 2, 2, 4, 8, 16)]
+        self.features = _convolutions([in_channels, *widths], pooled=(3, 5, 6))
+        self.classifier = _classifier(num_features, num_classes, image_size, dropout)
+
+
+class NephNet2D(_Network):
+    """The network that the poster's is based on: five convolutions f, 2f, 4f, 8f, 16f.
+
+    Weights are Kaiming-normal and biases standard normal, as in the public code awoloshuk/NephNet,
+    which takes 64x64 images. Parameters and errors are `PosterCNN`'s.
+    """
+
+    def __init__(
+        self,
+        num_features: int = 32,
+        num_classes: int = 8,
+        in_channels: int = 1,
+        image_size: int = 28,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__(num_features, num_classes, in_channels, image_size, dropout)
+        widths = [num_features * multiple for multiple in (1, 2, 4, 8, 16)]
+        self.features = _convolutions([in_channels, *widths], pooled=(1, 2, 3))
+        self.classifier = _classifier(num_features, num_classes, image_size, dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.normal_(module.bias)
+
+
+NETWORKS = {"PosterCNN": PosterCNN, "NephNet2D": NephNet2D}
+
+
+def build(config: dict[str, Any], seed: int = 0) -> _Network:
+    """Build the network that `config` (a network's ``.config``) tells of, initialised by `seed`.
+
+    PyTorch's global random state is left as it was.
+
+    Raises
+    ------
+    ValueError
+        `config` names no network of this file, or its values make none.
+    """
+    config = dict(config)
+    name = config.pop("network", "PosterCNN")
+    if name not in NETWORKS:
+        raise ValueError(f"no network named {name!r}; there are {', '.join(NETWORKS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return NETWORKS[name](**config)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{name} cannot be built from {config}: {_first_line(error)}"
+            ) from None
+
+
+# --------------------------------------------------------------------- device, precision, data
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device meant; ``auto`` is the first CUDA GPU where there is one, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        No such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"no device {str(device)!r} here: {_first_line(error)}") from None
+    return device
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("auto", *_DTYPES)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return ``fp32``, ``bf16`` or ``fp16``.
+
+    ``auto`` is what pays on the hardware: fp16 on CUDA (the poster's Apex O1), bf16 on a CPU with
+    instructions for it, else fp32: a CPU that has to emulate bf16 is ten times slower with it.
+
+    Raises
+    ------
+    ValueError
+        An unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "fp16"
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+
+
+def _as_input(images: Tensor) -> Tensor:
+    """Turn uint8 (B, H, W) or (B, H, W, C) into float32 (B, C, H, W) in [0, 1]."""
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images.float().div_(255)  # the poster's whole preprocessing
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Take a tensor as it is and copy anything else: PyTorch will not share a read-only array."""
+    try:
+        return values if isinstance(values, Tensor) else torch.tensor(values)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"images or labels are no array: {_first_line(error)}") from None
+
+
+def _images_to_device(images: Any, config: dict, device: torch.device) -> Tensor:
+    """Put uint8 images on the device, having checked that they fit the network."""
+    images = _as_tensor(images)
+    shape = (config["image_size"],) * 2 + ((config["in_channels"],) if images.ndim == 4 else ())
+    if images.dtype != torch.uint8 or images.shape[1:] != shape or len(images) == 0:
+        raise ValueError(
+            f"{config['network']} takes uint8 images (N, {', '.join(map(str, shape))}), N at "
+            f"least 1, not {images.dtype} {tuple(images.shape)}"
+        )
+    if images.ndim == 3 and config["in_channels"] != 1:
+        raise ValueError(f"images need {config['in_channels']} channels: (N, H, W, C)")
+    return images.to(device)
+
+
+def _to_device(images: Any, labels: Any, config: dict, device: torch.device) -> tuple:
+    """Put uint8 images and their labels on the device, having checked that they fit."""
+    images, labels = _images_to_device(images, config, device), _as_tensor(labels)
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"labels must be {len(images)} integers, not {labels.dtype} {tuple(labels.shape)}"
+        )
+    labels = labels.long()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < config["num_classes"]:
+        raise ValueError(f"labels must be 0 to {config['num_classes'] - 1}")
+    return images, labels.to(device)
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+class EpochRecord(NamedTuple):
+    """One epoch of a training history."""
+
+    epoch: int
+    """Counted from 0, as in the authors' curves."""
+    learning_rate: float
+    """The one this epoch trained with."""
+    train_loss: float
+    """Mean cross-entropy of the epoch's steps, dropout on."""
+    valid_loss: float
+    train_accuracy: float
+    """Of the epoch's steps, dropout on; in [0, 1]."""
+    valid_accuracy: float
+    seconds: float
+    """Wall time, validation included."""
+
+
+class TrainingDivergedError(ArithmeticError):
+    """The loss became NaN or infinite."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or belongs to something else."""
+
+
+def fit(
+    network: _Network,
+    train_images: Any,
+    train_labels: Any,
+    valid_images: Any,
+    valid_labels: Any,
+    hyperparameters: Hyperparameters = POSTER,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    checkpoint: str | os.PathLike | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[EpochRecord]:
+    """Train `network` in place as the poster did; it ends with the last epoch's weights.
+
+    SGD on the mean cross-entropy under `torch.autocast`, with a `GradScaler` in fp16;
+    ReduceLROnPlateau on the validation loss (relative threshold 1e-4). The images stay uint8 on the
+    device and a batch is an index slice of them. Every image is used once an epoch: the last batch
+    is smaller, and takes in a single image left over, since BatchNorm cannot normalise one.
+
+    Parameters
+    ----------
+    network : PosterCNN or NephNet2D
+        Moved to `device`. Its sizes count, not those in `hyperparameters`.
+    train_images, valid_images : array or tensor, uint8, (N, H, W) or (N, H, W, C)
+    train_labels, valid_labels : array or tensor of integers, (N,), 0 .. num_classes - 1
+    hyperparameters : Hyperparameters
+    seed : int
+        Decides order and dropout. Both start afresh from (seed, epoch) at every epoch, so no random
+        state has to outlive one; PyTorch's global random state is left as it was.
+    device : str
+        As for `resolve_device`.
+    precision : {"auto", "fp32", "bf16", "fp16"}
+        As for `resolve_precision`; validation runs in it too.
+    checkpoint : path, optional
+        Written after every epoch. Where it exists, training continues from it, and ends as if it
+        had never been interrupted.
+    on_epoch : callable, optional
+        ``on_epoch(record)`` after every epoch, those of the checkpoint included.
+    on_batch : callable, optional
+        ``on_batch(epoch, images_done)`` after every training step.
+
+    Returns
+    -------
+    list of EpochRecord
+        One an epoch, ``hyperparameters.epochs`` long.
+
+    Raises
+    ------
+    TrainingDivergedError
+        The loss became NaN or infinite; names epoch and learning rate.
+    CheckpointError
+        The checkpoint is damaged or of another run.
+    ValueError
+        Images or labels do not fit the network.
+    """
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    config = network.config
+    train_images, train_labels = _to_device(train_images, train_labels, config, device)
+    valid_images, valid_labels = _to_device(valid_images, valid_labels, config, device)
+    n, batch_size = len(train_images), hyperparameters.batch_size
+    if min(n, batch_size) == 1 and config["image_size"] < 16:
+        raise ValueError("BatchNorm needs at least 2 images a batch below 16x16 pixels")
+    network.to(device)
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=hyperparameters.learning_rate,
+        momentum=hyperparameters.momentum,
+        nesterov=hyperparameters.nesterov,
+        weight_decay=hyperparameters.weight_decay,
+    )
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode="min", factor=hyperparameters.factor, patience=hyperparameters.patience
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    autocast = _autocast(device, precision)
+    state = {
+        "network": network,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "scaler": scaler,
+    }
+    run = {
+        "config": config,
+        "hyperparameters": {k: v for k, v in asdict(hyperparameters).items() if k != "epochs"},
+        "seed": seed,
+        "precision": precision,
+        "images": [n, len(valid_images)],
+    }
+    history = []
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = _restore(Path(checkpoint), run, state, hyperparameters.epochs)
+    for record in history:
+        if on_epoch:
+            on_epoch(record)
+    for epoch in range(len(history), hyperparameters.epochs):
+        started = time.perf_counter()
+        learning_rate = optimizer.param_groups[0]["lr"]
+        loss_sum = torch.zeros((), device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        done = 0
+        network.train()
+        # A backward pass must not see the caller's autocast either.
+        with _seeded(seed, epoch, device), _autocast(device, "fp32"):
+            order = torch.randperm(n)
+            for batch in _batches(order, batch_size):
+                batch = batch.to(device)
+                labels = train_labels[batch]
+                with autocast:
+                    logits = network(_as_input(train_images[batch]))
+                    loss = functional.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                # Summed on the device: reading a loss every step would stall a GPU.
+                loss_sum += loss.detach() * len(batch)
+                correct += (logits.detach().argmax(1) == labels).sum()
+                done += len(batch)
+                if on_batch:
+                    on_batch(epoch, done)
+        valid_loss, valid_accuracy = _evaluate(network, valid_images, valid_labels, autocast)
+        train_loss, train_accuracy = loss_sum.item() / n, correct.item() / n
+        if not (math.isfinite(train_loss) and math.isfinite(valid_loss)):
+            raise TrainingDivergedError(
+                f"the loss became {train_loss} (validation {valid_loss}) in epoch {epoch} at "
+                f"learning rate {learning_rate:g}: try a smaller learning rate"
+            )
+        scheduler.step(valid_loss)
+        seconds = time.perf_counter() - started
+        history.append(
+            EpochRecord(
+                epoch,
+                learning_rate,
+                train_loss,
+                valid_loss,
+                train_accuracy,
+                valid_accuracy,
+                seconds,
+            )
+        )
+        if checkpoint is not None:
+            states = {name: part.state_dict() for name, part in state.items()}
+            _save({"run": run, "history": [tuple(r) for r in history], **states}, checkpoint)
+        if on_epoch:
+            on_epoch(history[-1])
+    return history
+
+
+def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Compute in `precision`, whatever autocast the caller may be in.
+
+    Without the cache of cast weights: inside a caller's autocast it would outlive a step, and no
+    weight is used twice in one.
+    """
+    if precision == "fp32":
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=_DTYPES[precision], cache_enabled=False)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, epoch: int, device: torch.device):
+    """Seed PyTorch from (seed, epoch), and put the global random state back afterwards."""
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+        yield
+
+
+def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+# Images a forward pass outside training: enough to keep the cores busy, few enough that their
+# feature maps stay in the caches.
+_EVALUATION_BATCH = 512
+
+
+@torch.inference_mode()
+def _evaluate(
+    network: nn.Module, images: Tensor, labels: Tensor, autocast: contextlib.AbstractContextManager
+) -> tuple[float, float]:
+    """Return mean cross-entropy and accuracy over all images."""
+    network.eval()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=labels.device)
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    for part, target in zip(
+        images.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True
+    ):
+        with autocast:
+            logits = network(_as_input(part)).float()
+        loss_sum += functional.cross_entropy(logits, target, reduction="sum")
+        correct += (logits.argmax(1) == target).sum()
+    return loss_sum.item() / len(labels), correct.item() / len(labels)
+
+
+# -------------------------------------------------------------------------------- prediction
+
+
+def predict(
+    network: _Network,
+    images: Any,
+    *,
+    device: str | torch.device = "auto",
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Apply `network` in plain float32, as the authors tested.
+
+    Parameters
+    ----------
+    network : PosterCNN or NephNet2D
+        Moved to `device` and left in evaluation mode.
+    images : array or tensor, uint8, (N, H, W) or (N, H, W, C)
+    device : str
+        As for `resolve_device`.
+    on_batch : callable, optional
+        ``on_batch(images_done)`` after every batch.
+
+    Returns
+    -------
+    Tensor
+        Logits, float32, (N, num_classes), on the CPU.
+
+    Raises
+    ------
+    ValueError
+        Images do not fit the network.
+    """
+    device = resolve_device(device)
+    network.to(device).eval()
+    images = _images_to_device(images, network.config, device)
+    logits = torch.empty(len(images), network.config["num_classes"], device=device)
+    for start in range(0, len(images), _EVALUATION_BATCH):
+        stop = min(start + _EVALUATION_BATCH, len(images))
+        with torch.inference_mode(), _autocast(device, "fp32"):
+            logits[start:stop] = network(_as_input(images[start:stop]))
+        if on_batch:
+            on_batch(stop)
+    return logits.cpu()
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def save_network(network: _Network, path: str | os.PathLike) -> None:
+    """Write weights and `config` to `path`, through a temporary file moved into place."""
+    archive, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"config": network.config, "network": network.state_dict()}, archive)
+    # torch.save stores and pads the weights in a zip archive; torch.load reads deflated ones too.
+    with zipfile.ZipFile(archive) as stored, zipfile.ZipFile(packed, "w") as deflated:
+        for name in stored.namelist():  # ZipInfo has a fixed date: same weights, same bytes
+            entry = zipfile.ZipInfo(name)
+            deflated.writestr(entry, stored.read(name), zipfile.ZIP_DEFLATED, compresslevel=9)
+    _write(packed, path)
+
+
+def load_network(path: str | os.PathLike) -> _Network:
+    """Read a network that `save_network` wrote, onto the CPU; no code in the file is run.
+
+    Raises
+    ------
+    CheckpointError
+        Not such a file, or damaged.
+    """
+    content = _load(Path(path))
+    try:
+        # Shapes first: a damaged width must not allocate gigabytes.
+        with torch.device("meta"):
+            network = build(content["config"])
+        network.load_state_dict(content["network"], assign=True)
+        if any(
+            t.is_floating_point() and not t.isfinite().all() for t in network.state_dict().values()
+        ):
+            raise ValueError("it holds weights that are NaN or infinite")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no saved network: {_first_line(error)}") from None
+    return network.requires_grad_(True)
+
+
+# A SHA-256 of what torch.save wrote ends every file: torch.load reads flipped bits unsuspecting.
+# It does not mind bytes after its own either, so it can read these files by itself.
+_DIGEST_SIZE = 32
+
+
+def _save(content: dict, path: str | os.PathLike) -> None:
+    # Through memory, since torch.save writes the file's name into the file: the same state is the
+    # same bytes anywhere.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    _write(buffer, path)
+
+
+def _write(buffer: io.BytesIO, path: str | os.PathLike) -> None:
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _load(path: Path) -> dict:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        if raw[-_DIGEST_SIZE:] != hashlib.sha256(raw[:-_DIGEST_SIZE]).digest():
+            raise ValueError("its bytes are not those that were written")
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load promises no type of error for a damaged file
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint of this program")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _restore(path: Path, run: dict, state: dict, epochs: int) -> list[EpochRecord]:
+    """Load the states of a checkpoint of this very run; return its history."""
+    content = _load(path)
+    if content.get("run") != run:
+        raise CheckpointError(
+            f"{path} is of another run (network, hyperparameters, seed, precision or number of "
+            "images differ): remove it to start again"
+        )
+    try:
+        history = [EpochRecord(*record) for record in content["history"]]
+        if len(history) <= epochs:
+            for name, part in state.items():
+                part.load_state_dict(content[name])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from None
+    if len(history) > epochs:
+        raise CheckpointError(
+            f"{path} holds {len(history)} epochs, more than the {epochs} asked for"
+        )
+    return history
+
+
+def environment(device: str | torch.device = "auto") -> dict[str, Any]:
+    """Tell what results depend on beside the settings: PyTorch, device, threads."""
+    device = resolve_device(device)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.cpu.get_capabilities().get("cpu_name", "")
+    )
+    return {
+        "torch": torch.__version__,
+        "device": str(device),
+        "device_name": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def layer_table(network: _Network) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """List (layer, output shape without the batch, parameters, multiply-accumulates an image)."""
+    rows, hooks = [], []
+
+    def record(module: nn.Module, _: Any, output: Tensor) -> None:
+        parameters = sum(p.numel() for p in module.parameters())
+        weights = module.weight.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+        positions = output[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
+        rows.append(
+            (type(module).__name__, tuple(output.shape[1:]), parameters, weights * positions)
+        )
+
+    for module in network.modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_hook(record))
+    size, training = network.config["image_size"], network.training
+    with torch.inference_mode():
+        network.eval()(torch.zeros(1, network.config["in_channels"], size, size))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a network's layer table."""
+    parser = argparse.ArgumentParser(prog="model.py", description="Print a network's layers.")
+    parser.add_argument("--network", choices=NETWORKS, default="PosterCNN")
+    parser.add_argument("--num-features", type=int, help="default: 8, or NephNet2D's 32")
+    parser.add_argument("--num-classes", type=int, default=8)
+    parser.add_argument("--in-channels", type=int, default=1)
+    parser.add_argument("--image-size", type=int, default=28)
+    config = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    try:
+        network = build(config)
+    except ValueError as error:
+        print(f"model.py: error: {error}", file=sys.stderr)
+        return 2
+    rows = layer_table(network)
+    print(f"{'layer':<12}{'output':>16}{'parameters':>12}{'MACs':>12}")
+    for name, shape, parameters, macs in rows:
+        output = f"{shape[0]}@{shape[1]}x{shape[2]}" if len(shape) == 3 else str(shape[0])
+        print(f"{name:<12}{output:>16}{parameters:>12,}{macs:>12,}")
+    parameters, macs = (sum(column) for column in list(zip(*rows, strict=True))[2:])
+    print(f"{'total':<12}{'':>16}{parameters:>12,}{macs:>12,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,714 @@
+"""The chain, its command line, and what it promises of the results folder."""
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kill import contents, write_tiny
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
+
+import data
+import hyperband
+import metrics
+import model
+import reproduce
+
+# Few images and few epochs leave classes that are never predicted, which is rightly said.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::sklearn.exceptions.UndefinedMetricWarning", "ignore:precision is undefined"
+)
+HERE = Path(reproduce.__file__).parent
+QUICK = ["--epochs", "3", "--schedule", "hyperband", "--max-resource", "3"]
+# What ../shared/DESIGN.md and the README list, for three classes.
+FILES = {
+    *("run.json", "tuning.jsonl", "best.json", "history.csv", "model.pt", "predictions.csv"),
+    *("table.csv", "table.md", "per_class.csv", "confusion.csv", "roc/auc.csv"),
+    *(f"roc/class_{k}.csv" for k in range(3)),
+}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    write_tiny(path)
+    return path
+
+
+def run(*words, expect=0) -> None:
+    """Run the command line here; a run on so few images rightly warns of undefined figures."""
+    assert reproduce.main([str(word) for word in words]) == expect
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory) -> Path:
+    """Hold a finished run, made by the command itself in a process of its own."""
+    folder = tmp_path_factory.mktemp("run") / "results"
+    words = ["--stage", "all", "--data", tiny, "--results", folder, *QUICK]
+    done = subprocess.run(
+        [sys.executable, HERE / "reproduce.py", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (folder.parent / "stdout").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "results"))
+
+
+def refused(capsys, *words) -> str:
+    """Run a command that must be refused; return its one line on stderr."""
+    run(*words, expect=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("reproduce.py: error: ")
+    return error
+
+
+# ----------------------------------------------------------------------------------- the chain
+
+
+def test_all_leaves_every_file_and_no_other(finished):
+    assert files_in(finished) == FILES
+
+
+def test_output_starts_and_ends_by_saying_that_this_is_not_the_posters_data(finished):
+    lines = (finished.parent / "stdout").read_text().splitlines()
+    assert "cannot be compared" in lines[0]
+    assert lines[-1] == lines[0] == reproduce.NOT_COMPARABLE
+    for path in FILES:
+        assert f"wrote {finished / path}" in lines
+
+
+def test_plan_comes_before_the_work_and_the_log_has_a_line_a_step(finished):
+    lines = (finished.parent / "stdout").read_text().splitlines()
+    plan = next(i for i, line in enumerate(lines) if line.startswith("results "))
+    first = next(i for i, line in enumerate(lines) if "rung 3@1, trial 0" in line)
+    assert plan < first
+    assert "tiny: 88 images 8x8, 3 classes" in "".join(lines[:plan])
+    assert "52 / 14 / 22" in "".join(lines[:plan])  # 60/15/25 % of 88
+    # 3@1 -> 1@3 and 2@3: 6 lines of trials, 3 of epochs
+    assert sum(line.startswith("tune  ") and "trial" in line for line in lines) == 6
+    assert sum(line.startswith("train  ") and "epoch " in line for line in lines) == 3
+
+
+def test_table_is_what_scikit_learn_says_of_the_predictions(finished):
+    rows = rows_of(finished / "predictions.csv")
+    labels = [int(row["label"]) for row in rows]
+    predicted = [int(row["predicted"]) for row in rows]
+    logits = np.array([[float(row[f"logit_{k}"]) for k in range(3)] for row in rows])
+    assert predicted == logits.argmax(1).tolist()
+    expected = {
+        "accuracy": accuracy_score(labels, predicted),
+        "macro F1": f1_score(labels, predicted, average="macro", zero_division=0),
+        "macro recall": recall_score(labels, predicted, average="macro", zero_division=0),
+        "macro precision": precision_score(labels, predicted, average="macro", zero_division=0),
+    }
+    table = {row["metric"]: row for row in rows_of(finished / "table.csv")}
+    assert table.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(table[name]["this_run"]) == pytest.approx(value, abs=1e-12)
+        assert table[name]["verdict"] == "not comparable"
+        assert table[name]["on"] == "tiny, poster split, 22 test images"
+    for k, row in enumerate(rows_of(finished / "roc" / "auc.csv")):
+        auc = roc_auc_score(np.array(labels) == k, logits[:, k])
+        assert float(row["auc"]) == pytest.approx(auc, abs=1e-12)
+
+
+def test_predictions_are_of_the_test_split_and_by_the_saved_network(finished, tiny):
+    images = data.load(tiny)
+    split = data.poster_split(len(images.labels))
+    read = metrics.read_predictions(finished / "predictions.csv")
+    assert read.ids.tolist() == split.test.tolist()
+    assert read.labels.tolist() == images.labels[split.test].tolist()
+    network = model.load_network(finished / "model.pt")
+    logits = model.predict(network, images.images[split.test]).numpy()
+    np.testing.assert_array_equal(logits, read.logits)
+
+
+def test_history_and_settings(finished):
+    history = rows_of(finished / "history.csv")
+    assert list(history[0]) == list(metrics.HISTORY_HEADER)
+    assert [row["epoch"] for row in history] == ["0", "1", "2"]
+    record = json.loads((finished / "run.json").read_text())
+    assert record["train"]["settings"]["hyperparameters"]["learning_rate"] == 0.025
+    assert record["train"]["settings"]["network"]["num_classes"] == 3
+    assert record["data"]["md5"] == data.load(record["data"]["source"]).md5
+    assert record["data"]["sizes"] == [52, 14, 22]
+    assert record["train"]["environment"]["torch"] == model.torch.__version__
+
+
+def test_search_is_logged_and_its_best_is_kept(finished):
+    trials = [json.loads(line) for line in (finished / "tuning.jsonl").read_text().splitlines()]
+    assert [(t["rung"], t["resource"]) for t in trials] == [(0, 1)] * 3 + [(1, 3)] + [(0, 3)] * 2
+    best = min((t for t in trials if t["resource"] == 3), key=lambda t: t["loss"])
+    kept = json.loads((finished / "best.json").read_text())
+    assert kept["trial"] == best["trial"]
+    for name, value in best["configuration"].items():
+        assert kept["hyperparameters"][name] == value
+
+
+def test_same_command_gives_the_same_bytes(finished, tiny, tmp_path):
+    run("--data", tiny, "--results", tmp_path / "r", *QUICK)
+    ours, theirs = contents(tmp_path / "r"), contents(finished)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if name != "run.json":
+            assert ours[name] == theirs[name], name
+
+
+def test_search_space_contains_the_posters_values():
+    rng = random.Random(0)
+    drawn = {name: [s.sample(rng) for _ in range(400)] for name, s in reproduce.SPACE.items()}
+    for values in (model.POSTER, model.AUTHORS):
+        for name in drawn:
+            assert min(drawn[name]) <= getattr(values, name) <= max(drawn[name])
+    assert {128, 256} <= set(drawn["batch_size"])
+    assert {8, 16, 32} <= set(drawn["num_features"])
+    assert {3, 4, 5, 6} <= set(drawn["patience"])
+
+
+def test_search_never_sees_a_test_image():
+    split = data.poster_split(1000)
+    tuning = data.tuning_split(split, 300, seed=1)
+    assert (len(tuning.train), len(tuning.valid), len(tuning.test)) == (240, 60, 0)
+    seen = np.concatenate([tuning.train, tuning.valid])
+    assert len(set(seen.tolist())) == 300
+    assert not set(seen.tolist()) & set(split.test.tolist())
+    assert [len(part) for part in data.tuning_split(split)] == [600, 150, 0]
+
+
+# ------------------------------------------------------------------------------ hyperparameters
+
+
+def trained_with(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())["train"]["settings"]["hyperparameters"]
+
+
+def test_tuned_takes_the_best_trial(copied, tiny):
+    words = ["--stage", "train", "--data", tiny, "--results", copied, "--epochs", 1]
+    run(*words, "--hyperparameters", "tuned", "--overwrite")
+    best = json.loads((copied / "best.json").read_text())["hyperparameters"]
+    assert trained_with(copied) == {**best, "epochs": 1}
+
+
+@pytest.mark.parametrize("form", [{"batch_size": 32}, {"hyperparameters": {"batch_size": 32}}])
+def test_hyperparameters_from_a_file(form, tiny, tmp_path):
+    file = tmp_path / "h.json"
+    file.write_text(json.dumps(form))
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path / "r", "--epochs", 1]
+    run(*words, "--hyperparameters", file)
+    assert trained_with(tmp_path / "r")["batch_size"] == 32
+    assert trained_with(tmp_path / "r")["momentum"] == 0.8
+
+
+def test_authors_digits(tiny, tmp_path):
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path / "r", "--epochs", 1]
+    run(*words, "--hyperparameters", "authors")
+    assert trained_with(tmp_path / "r")["learning_rate"] == 0.025336627337952815
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+BAD = {
+    "epochs": (["--epochs", "0"], "'0' is no whole number from 1 up"),
+    "device": (["--device", "gpu9"], "no device 'gpu9' here"),
+    "no gpu": (["--device", "cuda:99"], "no device 'cuda:99' here"),
+    "stage": (["--stage", "dance"], "invalid choice: 'dance'"),
+    "precision": (["--precision", "fp8"], "invalid choice: 'fp8'"),
+    "seed": (["--seed", "-1"], "'-1' is no whole number from 0 up"),
+    "one seed": (["--seeds", "1"], "two or more different seeds"),
+    "source": (["--data", "nowhere.npz"], "nowhere.npz"),
+    "official": (["--data", "digits", "--split", "official"], "no official split"),
+    "tuned": (["--stage", "train", "--hyperparameters", "tuned"], "run --stage tune first"),
+    "no file": (["--hyperparameters", "none.json"], "cannot read none.json"),
+    "untrained": (["--stage", "test"], "run --stage train first"),
+    "from": (["--from", "none/run.json"], "cannot read none/run.json"),
+    "from and seed": (["--from", "run.json", "--seed", "1"], "leave out --seed"),
+}
+
+
+@pytest.mark.parametrize("words, message", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_writes_nothing(
+    words, message, tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--data" in words or "--from" in words else ["--data", str(tiny)]
+    try:
+        status = reproduce.main([*words, *given])
+    except SystemExit as leaving:  # argparse
+        status = leaving.code
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (2, 1), error
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[1]", "no JSON object"),
+        ("{", "no JSON object"),
+        ('{"batch_size": 0}', "batch_size 0 is out of its range"),
+        ('{"momentum": "much"}', "momentum must be of type float"),
+        ('{"speed": 3}', "unexpected keyword argument 'speed'"),
+        ('{"hyperparameters": 7}', "no hyperparameters"),
+        ('{"learning_rate": NaN}', "learning_rate nan is out of its range"),
+    ],
+)
+def test_bad_hyperparameters_file(content, message, tiny, tmp_path, capsys):
+    file = tmp_path / "h.json"
+    file.write_text(content)
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path / "r"]
+    assert message in refused(capsys, *words, "--hyperparameters", file)
+    assert not (tmp_path / "r").exists()
+
+
+def test_another_run_in_the_folder(copied, tiny, tmp_path, capsys):
+    before = contents(copied)
+    words = ["--stage", "train", "--data", tiny, "--results", copied]
+    line = refused(capsys, *words, "--epochs", 4)
+    assert "holds another run (hyperparameters differ)" in line
+    assert "--overwrite" in line
+    other = tmp_path / "other.npz"
+    write_tiny(other, size=9)
+    words[3] = other
+    assert "md5, name, shape differ" in refused(capsys, *words)
+    assert contents(copied) == before
+    run(*words, "--epochs", 1, "--overwrite")
+    assert files_in(copied) == {"run.json", "model.pt", "history.csv"}
+
+
+def test_a_folder_of_somebody_else(tiny, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path, "--epochs", 1]
+    assert "is not empty and holds no run.json" in refused(capsys, *words)
+    assert files_in(tmp_path) == {"thesis.txt"}
+    run(*words, "--overwrite")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_unwritable_results(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "--data", tiny, "--results", tmp_path / "file" / "results")
+    assert "Not a directory" in line
+
+
+def test_checkpoint_of_another_network(copied, tiny, capsys):
+    model.save_network(model.build({"num_classes": 4, "image_size": 8}), copied / "model.pt")
+    line = refused(capsys, "--stage", "test", "--data", tiny, "--results", copied)
+    assert "is another network" in line
+
+
+def test_damaged_run_json(copied, tiny, capsys):
+    path = copied / "run.json"
+    path.write_text(path.read_text().replace('"num_features": 8', '"num_features": 9', 1))
+    line = refused(capsys, "--stage", "test", "--data", tiny, "--results", copied)
+    assert "'9', was '8'" in line
+    assert "--overwrite" in line
+
+
+def test_diverged_training(tiny, tmp_path, capsys):
+    file = tmp_path / "h.json"
+    file.write_text('{"learning_rate": 1e30}')
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path / "r"]
+    line = refused(capsys, *words, "--hyperparameters", file, "--precision", "fp32")
+    assert "in epoch" in line
+    assert "learning rate 1e+30" in line
+
+
+def test_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+    whole, write = [], Path.write_bytes
+
+    def full(path, content):
+        if path.name == "training.pt.tmp" and len(whole) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        whole.append(path)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    folder = tmp_path / "r"
+    words = ["--stage", "train", "--data", tiny, "--results", folder, "--epochs", 5]
+    assert "No space left on device" in refused(capsys, *words)
+    assert files_in(folder) == {"run.json", "training.pt"}
+    monkeypatch.undo()
+    run(*words)
+    run("--stage", "train", "--data", tiny, "--results", tmp_path / "s", "--epochs", 5)
+    assert contents(folder) == contents(tmp_path / "s")
+
+
+def test_vanished_results_folder(tiny, tmp_path, capsys, monkeypatch):
+    fit = model.fit
+
+    def vanish(*arguments, **options):
+        shutil.rmtree(tmp_path / "r")
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(model, "fit", vanish)
+    line = refused(capsys, "--stage", "train", "--data", tiny, "--results", tmp_path / "r")
+    assert "No such file or directory" in line
+    assert not (tmp_path / "r").exists()
+
+
+# -------------------------------------------------------------------- interruptions and the lock
+
+
+def start(*words) -> subprocess.Popen:
+    command = [sys.executable, "-u", HERE / "reproduce.py", *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"it ended before it printed {text!r}: {process.stderr.read()}")
+
+
+def test_interrupt_lock_and_going_on(tiny, tmp_path, capsys):
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path / "r", "--epochs", 2000]
+    first = start(*words)
+    wait_for(first, "epoch 3/2000")
+    line = refused(capsys, *words)
+    assert f"in use by process {first.pid}" in line
+    first.send_signal(signal.SIGINT)
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert error.strip() == "reproduce.py: interrupted; the same command goes on from here"
+    second = start(*words)
+    wait_for(second, "epoch 3/2000")  # replayed from the checkpoint
+    second.kill()
+    second.communicate(timeout=60)
+    assert (tmp_path / "r" / ".lock").read_text() == str(second.pid)
+    # The lock of a dead process is taken over: what is refused now is refused for another reason.
+    assert "another run" in refused(capsys, *words[:-1], 5)
+    assert not (tmp_path / "r" / ".lock").exists()
+
+
+def test_killed_runs_end_as_if_never_killed():
+    done = subprocess.run(
+        [sys.executable, HERE / "tests" / "kill.py", "--kills", "10", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 with a difference" in done.stdout
+
+
+def test_a_finished_run_is_done_again(copied, tiny):
+    before = (copied / "model.pt").stat().st_mtime_ns
+    run("--stage", "train", "--data", tiny, "--results", copied, *QUICK)
+    assert (copied / "model.pt").stat().st_mtime_ns > before
+    assert not (copied / "predictions.csv").exists()  # they were another model.pt's
+
+
+# --------------------------------------------------------------------------------------- verify
+
+
+def test_verify_is_content_with_a_whole_folder(finished, tiny, capsys):
+    run("--stage", "verify", "--results", finished)  # data and split as run.json tells
+    output = capsys.readouterr().out
+    assert "WRONG" not in output
+    for name in FILES - {"run.json"}:
+        assert f"{name} is as it was written" in output
+    run("--stage", "verify", "--results", finished, "--no-model")
+
+
+def test_any_changed_digit_is_found_and_named(finished, tmp_path, capsys):
+    rng = random.Random(0)
+    for i in range(40):
+        name = sorted(FILES)[i % len(FILES)]
+        folder = Path(shutil.copytree(finished, tmp_path / str(i)))
+        content = bytearray((folder / name).read_bytes())
+        place = rng.choice([k for k, byte in enumerate(content) if chr(byte) in "0123456789"])
+        was = chr(content[place])
+        content[place] = ord(rng.choice([d for d in "0123456789" if d != was]))
+        (folder / name).write_bytes(content)
+        run("--stage", "verify", "--no-model", "--results", folder, expect=1)
+        wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+        assert any(name in line for line in wrong), (name, wrong)
+        if name != "run.json":
+            row = content.count(b"\n", 0, place) + 1
+            named = f"row {row}, column"
+            assert any(named in line and f"was {was!r}" in line for line in wrong), (name, wrong)
+
+
+def test_wrong_figures_are_found_without_the_fingerprints(finished, tmp_path, capsys):
+    """A forger who mends the fingerprints still meets the recomputation."""
+    folder = Path(shutil.copytree(finished, tmp_path / "r"))
+    path = folder / "table.csv"
+    lines = path.read_text().splitlines()
+    cells = lines[2].split(",")
+    cells[2] = "0.5426"
+    lines[2] = ",".join(cells)
+    path.write_text("\n".join(lines) + "\n")
+    record = reproduce.read_json(folder / "run.json")
+    record["test"]["files"]["table.csv"] = reproduce.fingerprint(path.read_bytes())
+    reproduce.write_json(folder / "run.json", record)
+    run("--stage", "verify", "--no-model", "--results", folder, expect=1)
+    assert "WRONG  table.csv, row 3, column this_run: 0.5426 |" in capsys.readouterr().out
+
+
+def test_verify_evaluates_the_model_again(finished, tiny, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "r"))
+    network = model.load_network(folder / "model.pt")
+    with model.torch.no_grad():
+        network.classifier[-1].bias[0] += 0.01
+    model.save_network(network, folder / "model.pt")
+    record = reproduce.read_json(folder / "run.json")
+    record["train"]["files"]["model.pt"] = reproduce.fingerprint((folder / "model.pt").read_bytes())
+    reproduce.write_json(folder / "run.json", record)
+    run("--stage", "verify", "--data", tiny, "--results", folder, expect=1)
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert len(wrong) == 1
+    assert "column logit_0: farthest from model.pt's logits" in wrong[0]
+
+
+def test_verify_on_other_data_than_run_json_names(finished, tmp_path, capsys):
+    write_tiny(tmp_path / "tiny.npz", parts=(47, 17, 24))
+    words = ["--stage", "verify", "--results", finished]
+    run(*words, "--data", tmp_path / "tiny.npz", expect=1)
+    assert "WRONG  data, md5" in capsys.readouterr().out
+
+
+def test_verify_prints_the_posters_figures_from_its_confusion_matrix(tmp_path, capsys):
+    matrix = np.array(reproduce.POSTER_CONFUSION)
+    labels = np.repeat(np.arange(8), matrix.sum(1))
+    predicted = np.concatenate([np.repeat(np.arange(8), row) for row in matrix])
+    logits = np.eye(8, dtype=np.float32)[predicted]
+    metrics.write_predictions(
+        tmp_path / "predictions.csv", np.arange(50_000), labels, predicted, logits
+    )
+    run("--stage", "verify", "--no-model", "--results", tmp_path)
+    output = capsys.readouterr().out
+    for figure in (
+        "accuracy of predictions.csv: 0.638700",
+        "macro F1 of predictions.csv: 0.542641",
+        "macro recall of predictions.csv: 0.535631",
+        "macro precision of predictions.csv: 0.567883",
+        "the poster cuts it, rounded it would be 0.5679",
+    ):
+        assert figure in output
+
+
+def test_audit_of_the_poster_can_fail(monkeypatch, capsys):
+    monkeypatch.setitem(reproduce.POSTER_TABLE, "f1", 0.5427)
+    audit = reproduce.Audit()
+    reproduce.audit_poster(audit)
+    assert (audit.wrong, audit.checks) == (1, 6)
+    assert "WRONG  poster, macro F1" in capsys.readouterr().out
+
+
+def test_nothing_to_verify(tmp_path, capsys):
+    run("--stage", "verify", "--no-model", "--results", tmp_path, expect=2)
+    assert "holds no predictions.csv" in capsys.readouterr().err
+
+
+def test_tolerances_judge_only_the_posters_own_data(tmp_path):
+    """Same predictions, once as if on TissueMNIST under the poster's split, once not."""
+    rng = np.random.RandomState(0)
+    labels = rng.randint(0, 8, 400)
+    logits = rng.normal(size=(400, 8)).astype(np.float32)
+    logits[np.arange(400), labels] += 2
+    source = tmp_path / "source"
+    source.mkdir()
+    metrics.write_predictions(
+        source / "predictions.csv", np.arange(400), labels, logits.argmax(1), logits
+    )
+    about = {
+        "name": "tissuemnist",
+        "md5": data.TISSUEMNIST.md5,
+        "split": "poster",
+        "sizes": [0, 0, 400],
+        "class_names": list("abcdefgh"),
+    }
+    summary = reproduce.write_metrics(source, tmp_path, about)
+    rows = rows_of(tmp_path / "table.csv")
+    assert [row["metric"] for row in rows[4:]] == [f"AUC of class {k}" for k in range(8)]
+    for key, row in zip(("accuracy", "f1", "recall", "precision"), rows, strict=False):
+        difference = summary[key] - reproduce.POSTER_TABLE[key]
+        limit = 0.01 if key == "accuracy" else 0.02
+        assert float(row["difference"]) == difference
+        assert row["verdict"] == f"{'within' if abs(difference) <= limit else 'outside'} {limit}"
+    assert {row["verdict"].split()[0] for row in rows} == {"within", "outside"}
+    reproduce.write_metrics(source, tmp_path, {**about, "split": "official"})
+    rows = rows_of(tmp_path / "table.csv")
+    assert [row["verdict"] for row in rows] == ["not comparable"] * 4
+
+
+def test_located_byte():
+    text = b'metric,value\n"a, b",0.5\nb,0.7\n'
+    stored = reproduce.fingerprint(text)
+    for old, new, place in (
+        (b"7", b"1", "row 3, column value: '1', was '7'"),
+        (b"a,", b"c,", "row 2, column metric: 'c', was 'a'"),
+        (b"m", b"n", "row 1, column metric: 'n', was 'm'"),
+        (b"0.7", b"7.0", "more than one byte differs"),
+        (b"b,0.7\n", b"", "more than one byte differs"),
+    ):
+        assert reproduce.locate("t.csv", text.replace(old, new, 1), stored) == place
+    changed = text.replace(b"7", b"1")
+    assert reproduce.locate("t.md", changed, stored) == "row 3, column 5: '1', was '7'"
+
+
+# ----------------------------------------------------------------------- seeds, and once more
+
+
+def test_seeds(tiny, tmp_path, capsys):
+    folder = tmp_path / "r"
+    words = ["--data", tiny, "--results", folder, *QUICK, "--epochs", 20]
+    run(*words, "--seeds", 3, 5, 8)
+    capsys.readouterr()
+    accuracies = []
+    for seed in (3, 5, 8):
+        assert files_in(folder / f"seed-{seed}") == FILES - {"tuning.jsonl", "best.json"}
+        read = metrics.read_predictions(folder / f"seed-{seed}" / "predictions.csv")
+        accuracies.append(accuracy_score(read.labels, read.predicted))
+    assert len(set(accuracies)) > 1, "the seeds change nothing"
+    row = rows_of(folder / "seeds.csv")[0]
+    a, b, c = accuracies
+    apart = [abs(a - b), abs(a - c), abs(b - c)]
+    expected = {
+        "mean": sum(accuracies) / 3,
+        "std": statistics.stdev(accuracies),
+        "min": min(accuracies),
+        "max": max(accuracies),
+        "mean_apart": sum(apart) / 3,
+        "max_apart": max(apart),
+    }
+    assert row["runs"] == "3"
+    for name, value in expected.items():
+        assert float(row[name]) == pytest.approx(value)
+    # Every seed's split is the same: the split has a seed of its own.
+    ids = [metrics.read_predictions(p).ids.tolist() for p in folder.glob("seed-*/predictions.csv")]
+    assert ids[0] == ids[1] == ids[2]
+    run("--stage", "verify", "--results", folder)
+    (folder / "seed-5" / "predictions.csv").write_bytes(
+        (folder / "seed-3" / "predictions.csv").read_bytes()
+    )
+    run("--stage", "verify", "--results", folder, expect=1)
+    assert "WRONG  seeds.csv, row 2" in capsys.readouterr().out
+
+
+def test_split_seed_changes_the_split_alone(tiny, tmp_path):
+    words = ["--stage", "train", "--data", tiny, "--epochs", 1, "--split-seed", 4]
+    run(*words, "--results", tmp_path / "r")
+    run("--stage", "test", "--results", tmp_path / "r")  # the split as run.json has it
+    ids = metrics.read_predictions(tmp_path / "r" / "predictions.csv").ids
+    assert ids.tolist() == data.poster_split(88, 4).test.tolist()
+
+
+def test_from_does_the_run_again_beside_it(copied, capsys):
+    run("--from", copied / "run.json")
+    again = copied.with_name("results-again")
+    assert f"{again / 'predictions.csv'} and {copied / 'predictions.csv'} are identical" in (
+        capsys.readouterr().out
+    )
+    assert (again / "best.json").read_bytes() == (copied / "best.json").read_bytes()
+    assert (again / "model.pt").read_bytes() == (copied / "model.pt").read_bytes()
+
+
+def test_from_refuses_other_data(copied, tmp_path, capsys):
+    write_tiny(tmp_path / "tiny.npz", size=9)
+    words = ["--from", copied / "run.json", "--data", tmp_path / "tiny.npz"]
+    assert "has MD5" in refused(capsys, *words)
+
+
+# -------------------------------------------------------------------------- terminal, fallback
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_redraws_on_a_terminal_and_writes_lines_to_a_log(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    for stream in (Terminal(), io.StringIO()):
+        progress = reproduce.Progress("train", 4, stream)
+        for done in range(1, 5):
+            progress(done - 0.5, "half")
+            progress(done, f"epoch {done}", step=True)
+        progress.close()
+        if stream.isatty():
+            assert stream.getvalue().count("\n") == 1
+            assert stream.getvalue().count("\r") == 8
+            assert "100%  epoch 4" in stream.getvalue()
+        else:
+            lines = stream.getvalue().splitlines()
+            assert len(lines) == 4
+            # started at 0 s, first seen at 0.5 of 4 after 10 s; 2 of 4 after 40 s: 1.5 in 40 s
+            assert lines[1] == "train    epoch 2  ETA 53s"
+            assert lines[3] == "train    epoch 4"
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599, "59m59s"), (7620, "2h07m")]
+)
+def test_duration(seconds, text):
+    assert reproduce.duration(seconds) == text
+
+
+def test_without_network_the_digits_stand_in_and_say_so(tmp_path, monkeypatch, capsys):
+    remote = data.TISSUEMNIST._replace(url="http://127.0.0.1:9/closed")
+    monkeypatch.setattr(data, "TISSUEMNIST", remote)
+    words = ["--stage", "train", "--root", tmp_path / "cache", "--epochs", 1]
+    run(*words, "--results", tmp_path / "r")
+    lines = capsys.readouterr().out.splitlines()
+    assert "digits stand in for TissueMNIST" in lines[0]
+    assert lines[-1] == reproduce.NOT_COMPARABLE
+
+
+# ------------------------------------------------------------------------- the committed results
+
+
+def test_committed_results_are_whole():
+    folder = HERE / "results" / "digits"
+    assert reproduce.verify(folder, None)
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 1 << 20
+
+
+def test_schedules_of_the_command_line():
+    arguments = reproduce.parse(["--schedule", "hyperband", "--max-resource", "9", "--eta", "3"])
+    assert reproduce.tuning_schedule(arguments) == hyperband.brackets(9, 3)
+    assert reproduce.tuning_schedule(reproduce.parse([])) == [hyperband.POSTER_BRACKET]
+
+
+def test_no_file_but_reproduce_imports_a_sibling():
+    names = ("data", "model", "hyperband", "metrics", "reproduce")
+    for name in names[:-1]:
+        code = f"import sys, {name}; print(*(set({names!r}) & set(sys.modules)))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=HERE,
+            env={**os.environ, "PYTHONPATH": str(HERE)},
+        )
+        assert done.stdout.split() == [name]
