@@ -56,11 +56,11 @@ def contents(folder: Path) -> dict[str, str]:
         elif name == "run.json":
             record = json.loads(text)
             del record["check"]
-            for stage in set(record) - {"data"}:
-                del record[stage]["result"]["seconds"]
-                record[stage]["result"].pop("images_per_second", None)
+            for entry in (record[stage] for stage in record if stage != "data"):
+                for timed in ("seconds", "images_per_second"):
+                    entry.get("result", {}).pop(timed, None)
                 for timed in ("history.csv", "tuning.jsonl"):
-                    record[stage]["files"].pop(timed, None)
+                    entry.get("files", {}).pop(timed, None)
             text = json.dumps(record)
         read[name] = text
     return read

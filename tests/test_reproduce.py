@@ -712,3 +712,14 @@ def test_no_file_but_reproduce_imports_a_sibling():
             env={**os.environ, "PYTHONPATH": str(HERE)},
         )
         assert done.stdout.split() == [name]
+
+
+def test_damaged_files_are_refused_or_change_nothing():
+    done = subprocess.run(
+        [sys.executable, HERE / "tests" / "damage.py", "--files", "96", "--seed", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "96 damaged files, 0 wrongly taken" in done.stdout
