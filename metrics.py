@@ -572,7 +572,7 @@ _KINDS = {_INTEGER: "an integer", _DECIMAL: "a finite number", _NUMBER: "a numbe
 def _replace(path: PathLike, content: bytes) -> None:
     """Write `content` so that at no time a part of it stands under the name `path`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")  # a killed process's is written over
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

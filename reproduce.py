@@ -19,6 +19,7 @@ import math
 import operator
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -304,17 +305,15 @@ class Run:
             "sizes": [len(part) for part in self.split],
         }
 
-    def open(self, stages: Sequence[str]) -> None:
-        """See that the folder may take these stages, and clear what is to be done again.
-
-        A run that was interrupted goes on; one that is finished is done again.
-        """
+    def open(self, stages: Sequence[str], again: bool) -> None:
+        """See that the folder may take these stages; clear other runs', and all if `again`."""
         changed = self.changed(self.record.get("data", {}), self.data)
         if not self.arguments.overwrite:
             if self.record and changed:
                 self.refuse(changed)
-            names = {path.name for path in self.folder.iterdir()} - {".lock", "run.json.tmp"}
-            if not self.record and names:
+            ours = re.compile(r"\.lock|run\.json\.tmp|seed-\d+")
+            others = [path for path in self.folder.iterdir() if not ours.fullmatch(path.name)]
+            if not self.record and others:
                 raise RunError(
                     f"{self.folder} is not empty and holds no run.json: choose another --results, "
                     "or say --overwrite to write into it"
@@ -323,10 +322,7 @@ class Run:
             for stage in reversed(OUTPUTS):
                 self.discard(stage)
         for stage in reversed(stages):
-            if self.differs(stage):
-                self.discard(stage)
-        if all(self.finished(stage) for stage in stages):
-            for stage in reversed(stages):
+            if self.differs(stage) or again:
                 self.discard(stage)
         self.record["data"] = self.data
         self.save()
@@ -602,18 +598,23 @@ def train(run: Run) -> None:
         progress(record.epoch + 1, last, step=True)
 
     checkpoint = run.folder / "training.pt"
-    history = model.fit(
-        network,
-        *run.part(run.split.train),
-        *run.part(run.split.valid),
-        hyperparameters,
-        seed=arguments.seed,
-        device=arguments.device,
-        precision=arguments.precision,
-        checkpoint=checkpoint,
-        on_epoch=on_epoch,
-        on_batch=lambda epoch, done: progress(epoch + done / n, last),
-    )
+    try:
+        history = model.fit(
+            network,
+            *run.part(run.split.train),
+            *run.part(run.split.valid),
+            hyperparameters,
+            seed=arguments.seed,
+            device=arguments.device,
+            precision=arguments.precision,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+            on_batch=lambda epoch, done: progress(epoch + done / n, last),
+        )
+    except model.CheckpointError as error:
+        raise RunError(f"{error}; remove it, and training starts again") from None
+    except ValueError as error:
+        raise RunError(f"cannot train on {run.images.name}: {error}") from None
     progress.close()
     metrics.write_csv(run.folder / "history.csv", model.EpochRecord._fields, history)
     model.save_network(network, run.folder / "model.pt")
@@ -633,8 +634,8 @@ def load_trained(run: Run) -> Any:
     network = model.load_network(run.folder / "model.pt")
     if network.config != run.record["train"]["settings"]["network"]:
         raise RunError(
-            f"{run.folder / 'model.pt'} is another network ({network.config}) than run.json tells "
-            "of: run --stage train again"
+            f"{run.folder / 'model.pt'} is another network than run.json tells of "
+            f"({network.config}): run --stage train again"
         )
     return network
 
@@ -995,10 +996,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Make an argument type: an integer from `least` up."""
+    """Make an argument type: an integer from `least` to 2**32 - 1, the largest seed of all."""
 
     def convert(text: str) -> int:
-        if not text.lstrip("+-").isdecimal() or int(text) < least:
+        if not text.isdecimal() or not least <= int(text[:11]) < 2**32:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
         return int(text)
 
@@ -1119,7 +1120,7 @@ def print_plan(run: Run, stages: Sequence[str]) -> None:
         count = min(TUNING_IMAGES, len(run.split.train) + len(run.split.valid))
         print(f"tune       {flow}: {epochs} epochs of {count * 8 // 10:,} images")
     if "train" in stages:
-        chosen = chosen_hyperparameters(arguments, run.folder / "best.json")
+        chosen = chosen_hyperparameters(arguments, run.best)
         if chosen is None:
             print("train      with the hyperparameters that the search will find")
         else:
@@ -1136,8 +1137,8 @@ def print_plan(run: Run, stages: Sequence[str]) -> None:
 
 def run_stages(arguments: argparse.Namespace) -> int:
     """Carry out a command line; return the exit status."""
-    if arguments.stage == "verify" and arguments.no_model:
-        return 0 if verify(Path(arguments.results or "."), None) else 1
+    if arguments.stage == "verify":
+        return 0 if verify_stage(arguments) else 1
     try:
         model.resolve_device(arguments.device)
     except ValueError as error:
@@ -1149,65 +1150,93 @@ def run_stages(arguments: argparse.Namespace) -> int:
     run = Run(arguments, images, folder, folder / "best.json")
     if not comparable(run.data):
         print(NOT_COMPARABLE)
-    if arguments.stage == "verify":
-        ok = verify_all(run)
-        for path in (folder / "table.md", folder / "seeds.md"):
-            if path.exists():
-                print(f"\n{path.read_text(encoding='utf-8')}")
-        return 0 if ok else 1
     stages = STAGES if arguments.stage == "all" else tuple(arguments.stage.split())
     if "train" in stages and "tune" not in stages and training_settings(run) is None:
         raise RunError(f"no {run.best} to take tuned hyperparameters from: run --stage tune first")
-    if stages == ("test",) and not arguments.seeds:
-        load_trained(run)
+    seeds = [seed_run(run, seed) for seed in arguments.seeds or []]
+    if stages == ("test",):
+        for one in seeds or [run]:
+            load_trained(one)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if arguments.seeds is None:
-            carry_out(run, stages)
-        else:
-            if "tune" in stages:
-                carry_out(run, ("tune",))
-            for seed in arguments.seeds:
-                own = copy.copy(arguments)
-                own.seed = seed
-                (folder / f"seed-{seed}").mkdir(exist_ok=True)
-                one = Run(own, images, folder / f"seed-{seed}", run.best)
-                carry_out(one, [stage for stage in stages if stage != "tune"])
-            if "test" in stages:
-                carry_out(run, ("seeds",))
+        run = Run(arguments, images, folder, run.best)  # as it is, now that nobody else writes it
+        work = [(run, stages)]
+        if seeds:
+            seeds = [seed_run(run, seed) for seed in arguments.seeds]
+            once, each = ("tune",), tuple(stage for stage in stages if stage != "tune")
+            work = [(run, once)] if "tune" in stages else []
+            work += [(one, each) for one in seeds if each]
+            work += [(run, ("seeds",))] if "test" in stages else []
+        carry_out(work)
         ok = arguments.stage != "all" or verify_all(run)
-    for name in ("seeds.md",) if arguments.seeds else ("table.md",):
-        if "test" in stages:
-            print(f"\n{(folder / name).read_text(encoding='utf-8')}")
+    if "test" in stages:
+        print("\n" + (folder / ("seeds.md" if seeds else "table.md")).read_text(encoding="utf-8"))
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        print(f"wrote {path}")
+        print(f"file       {path}")
     if arguments.origin:
-        pair = [Path(p, "predictions.csv") for p in (Path(arguments.origin).parent, folder)]
+        pair = [folder / "predictions.csv", Path(arguments.origin).parent / "predictions.csv"]
         if all(path.exists() for path in pair):
             alike = pair[0].read_bytes() == pair[1].read_bytes()
-            print(f"{pair[1]} and {pair[0]} are {'identical' if alike else 'NOT identical'}")
+            print(f"{pair[0]} and {pair[1]} are {'identical' if alike else 'NOT identical'}")
     if not comparable(run.data):
         print(NOT_COMPARABLE)
     return 0 if ok else 1
 
 
-def carry_out(run: Run, stages: Sequence[str]) -> None:
-    """Do the stages of one folder that are not done yet."""
-    run.open(stages)
-    print_plan(run, stages)
-    for stage in stages:
-        if run.finished(stage):
-            print(f"{stage:<10} done already")
-        else:
-            {"tune": tune, "train": train, "test": test, "seeds": aggregate}[stage](run)
+def seed_run(run: Run, seed: int) -> Run:
+    """Make the run of one of several seeds, in a folder inside `run`'s."""
+    arguments = copy.copy(run.arguments)
+    arguments.seed = seed
+    return Run(arguments, run.images, run.folder / f"seed-{seed}", run.best)
+
+
+def carry_out(work: Sequence[tuple[Run, Sequence[str]]]) -> None:
+    """Do the stages that are not done yet; where all are done, do all again."""
+    again = all(run.finished(stage) for run, stages in work for stage in stages)
+    for run, stages in work:
+        run.folder.mkdir(exist_ok=True)
+        run.open(stages, again)
+    for run, stages in work:
+        print_plan(run, stages)
+        for stage in stages:
+            if run.finished(stage):
+                print(f"{stage:<10} done already")
+            else:
+                {"tune": tune, "train": train, "test": test, "seeds": aggregate}[stage](run)
+
+
+def verify_stage(arguments: argparse.Namespace) -> bool:
+    """Verify what ``--results``, or ``--data``, names; tell whether all is as it should be."""
+    folder = Path(arguments.results) if arguments.results else None
+    if folder is None and arguments.no_model:
+        raise RunError("--no-model looks at a folder alone: name it by --results DIR")
+    if arguments.no_model:
+        ok = verify(folder, None)
+    else:
+        if folder and (folder / "run.json").exists():
+            try:
+                read_json(folder / "run.json")
+            except RunError:  # then it can't say what the folder was made from
+                return verify(folder, None)
+        images = load_images(arguments)
+        folder = folder or Path("results", images.name)
+        if not (folder / "run.json").exists():
+            raise RunError(
+                f"{folder} holds no run.json: say --no-model to audit its predictions.csv"
+            )
+        ok = verify_all(Run(arguments, images, folder, folder / "best.json"))
+    for path in (folder / "table.md", folder / "seeds.md"):
+        if path.exists():
+            print(f"\n{path.read_text(encoding='utf-8', errors='replace')}")
+    return ok
 
 
 def verify_all(run: Run) -> bool:
     """Verify a run's folder, and those of its seeds."""
     ok = True
     for seed in run.record.get("seeds", {}).get("settings", {}).get("seeds", []):
-        folder = run.folder / f"seed-{seed}"
-        ok &= verify(folder, Run(run.arguments, run.images, folder, run.best))
+        one = seed_run(run, seed)
+        ok &= verify(one.folder, one)
     return verify(run.folder, run) and ok
 
 

@@ -49,11 +49,11 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         text = path.read_bytes().decode("latin-1")
-        if name == "history.csv":
+        if path.name == "history.csv":
             text = "\n".join(line.rpartition(",")[0] for line in text.split("\n"))
-        elif name == "tuning.jsonl":
+        elif path.name == "tuning.jsonl":
             text = re.sub(r'"seconds": [^,]+,|"crc32": "\w+"', "", text)
-        elif name == "run.json":
+        elif path.name == "run.json":
             record = json.loads(text)
             del record["check"]
             for entry in (record[stage] for stage in record if stage != "data"):

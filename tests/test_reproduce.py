@@ -98,7 +98,7 @@ def test_output_starts_and_ends_by_saying_that_this_is_not_the_posters_data(fini
     assert "cannot be compared" in lines[0]
     assert lines[-1] == lines[0] == reproduce.NOT_COMPARABLE
     for path in FILES:
-        assert f"wrote {finished / path}" in lines
+        assert f"file       {finished / path}" in lines
 
 
 def test_plan_comes_before_the_work_and_the_log_has_a_line_a_step(finished):
@@ -238,6 +238,7 @@ BAD = {
     "stage": (["--stage", "dance"], "invalid choice: 'dance'"),
     "precision": (["--precision", "fp8"], "invalid choice: 'fp8'"),
     "seed": (["--seed", "-1"], "'-1' is no whole number from 0 up"),
+    "huge seed": (["--seed", "4294967296"], "is no whole number from 0 up"),
     "one seed": (["--seeds", "1"], "two or more different seeds"),
     "source": (["--data", "nowhere.npz"], "nowhere.npz"),
     "official": (["--data", "digits", "--split", "official"], "no official split"),
@@ -523,9 +524,51 @@ def test_audit_of_the_poster_can_fail(monkeypatch, capsys):
     assert "WRONG  poster, macro F1" in capsys.readouterr().out
 
 
-def test_nothing_to_verify(tmp_path, capsys):
-    run("--stage", "verify", "--no-model", "--results", tmp_path, expect=2)
-    assert "holds no predictions.csv" in capsys.readouterr().err
+def test_nothing_to_verify(tiny, tmp_path, capsys):
+    words = ["--stage", "verify", "--results", tmp_path, "--data", tiny]
+    assert "holds no predictions.csv" in refused(capsys, *words, "--no-model")
+    assert "holds no run.json: say --no-model" in refused(capsys, *words)
+    assert "name it by --results" in refused(capsys, "--stage", "verify", "--no-model")
+
+
+def test_verify_names_a_damaged_run_json(copied, capsys):
+    path = copied / "run.json"
+    path.write_text(path.read_text().replace("0.025", "0.026", 1))
+    run("--stage", "verify", "--results", copied, expect=1)
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert "run.json" in wrong[0]
+    assert "'6', was '5'" in wrong[0]
+
+
+def test_interrupted_seeds_go_on(tiny, tmp_path, monkeypatch, capsys):
+    words = ["--data", tiny, *QUICK, "--seeds", 1, 2, "--results"]
+    run(*words, tmp_path / "whole")
+    fit = model.fit
+
+    def interrupted(*arguments, **options):
+        if options["seed"] == 2 and "seed-2" in str(options["checkpoint"]):
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(model, "fit", interrupted)
+    run(*words, tmp_path / "cut", expect=130)
+    monkeypatch.undo()
+    capsys.readouterr()
+    run(*words, tmp_path / "cut")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith("done already")] == [
+        "tune       done already",
+        "train      done already",
+        "test       done already",
+    ]
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_one_image_a_batch_where_batchnorm_cannot(tiny, tmp_path, capsys):
+    (tmp_path / "h.json").write_text('{"batch_size": 1}')
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path / "r"]
+    line = refused(capsys, *words, "--hyperparameters", tmp_path / "h.json")
+    assert "cannot train on tiny: BatchNorm needs at least 2 images a batch" in line
 
 
 def test_tolerances_judge_only_the_posters_own_data(tmp_path):
@@ -612,6 +655,13 @@ def test_seeds(tiny, tmp_path, capsys):
     )
     run("--stage", "verify", "--results", folder, expect=1)
     assert "WRONG  seeds.csv, row 2" in capsys.readouterr().out
+
+
+def test_seeds_stage_by_stage(tiny, tmp_path):
+    words = ["--data", tiny, "--results", tmp_path / "r", "--epochs", 1, "--seeds", 0, 1]
+    for stage in ("train", "test"):
+        run("--stage", stage, *words)
+    assert (tmp_path / "r" / "seeds.csv").exists()
 
 
 def test_split_seed_changes_the_split_alone(tiny, tmp_path):
