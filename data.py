@@ -797,6 +797,8 @@ def load_images(
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the summary of a data set and return the exit status."""
     parser = argparse.ArgumentParser(prog="data.py", description="Print a data set's summary.")
+    # One line, without the usage.
+    parser.error = lambda message: parser.exit(2, f"data.py: error: {message}\n")
     parser.add_argument("source", nargs="?", default="auto", metavar="SOURCE", help=SOURCES)
     source = parser.parse_args(argv).source
 

@@ -1311,6 +1311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="metrics.py", description="Print the table of a predictions.csv file."
     )
+    # One line, without the usage.
+    parser.error = lambda message: parser.exit(2, f"metrics.py: error: {message}\n")
     parser.add_argument("predictions", help="columns id, label, predicted, logit_0, logit_1, ...")
     path = parser.parse_args(argv).predictions
     try:

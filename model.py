@@ -757,6 +757,8 @@ def layer_table(network: _Network) -> list[tuple[str, tuple[int, ...], int, int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a network's layer table."""
     parser = argparse.ArgumentParser(prog="model.py", description="Print a network's layers.")
+    # One line, without the usage.
+    parser.error = lambda message: parser.exit(2, f"model.py: error: {message}\n")
     parser.add_argument("--network", choices=NETWORKS, default="PosterCNN")
     parser.add_argument("--num-features", type=int, help="default: 8, or NephNet2D's 32")
     parser.add_argument("--num-classes", type=int, default=8)

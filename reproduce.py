@@ -34,11 +34,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import data
-import hyperband
-import metrics
-import model
-from hyperband import Choice, IntUniform, LogUniform, Uniform
+try:
+    import data
+    import hyperband
+    import metrics
+    import model
+    from hyperband import Choice, IntUniform, LogUniform, Uniform
+except KeyboardInterrupt:  # importing PyTorch takes seconds
+    print("reproduce.py: interrupted before it began", file=sys.stderr)
+    raise SystemExit(130) from None
 
 # ---------------------------------------------------------------------- the poster's figures
 # From the poster's table and confusion matrix (rows true, columns predicted), and its ROC figure.
@@ -379,6 +383,9 @@ class Run:
         """Remove the stage's files and forget it, and before it what hangs on it."""
         if stage == "train":
             self.discard("test")
+        if self.finished(stage):  # not any more, wherever a kill may cut this off
+            del self.record[stage]["result"], self.record[stage]["files"]
+            self.save()
         for pattern in OUTPUTS[stage]:
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -556,11 +563,11 @@ def chosen_hyperparameters(
     else:
         path = best if name == "tuned" else Path(name)
         content = read_json(path) if name == "tuned" else read_object(path)[1]
-        if "train" in content:  # a run.json
-            content = content["train"]["settings"]
         try:
+            if "train" in content:  # a run.json
+                content = content["train"]["settings"]
             chosen = model.Hyperparameters(**content.get("hyperparameters", content))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise RunError(f"{path} holds no hyperparameters: {error}") from None
     return chosen if arguments.epochs is None else replace(chosen, epochs=arguments.epochs)
 
@@ -573,6 +580,7 @@ def training_settings(run: Run) -> dict[str, Any] | None:
     return {
         "network": run.network_config(chosen),
         "hyperparameters": asdict(chosen),
+        "tuned": run.arguments.hyperparameters == "tuned",
         "seed": run.arguments.seed,
         "precision": run.arguments.precision,
     }
@@ -863,13 +871,32 @@ def audit_search(audit: Audit, run_folder: Path, settings: dict[str, Any]) -> No
                 retrain=settings["retrain"],
             )
         except (OSError, RunError, hyperband.SearchError) as error:
-            audit("tuning.jsonl and best.json", "readable", str(error), False)
+            shown = str(error).replace(str(log), "tuning.jsonl")
+            audit("tuning.jsonl and best.json", "readable", shown, False)
             return
         errors = [t.error for t in result.trials if t.error and "the log ends" in t.error]
         audit("tuning.jsonl is whole", 0, len(errors))
         found = best_content(result.best)
         shown = (f"trial {best['trial']}, loss {best['loss']}" for best in (stored, found))
         audit("best.json is the best of tuning.jsonl", *shown, stored == found)
+
+
+def audit_training(audit: Audit, folder: Path, settings: dict[str, Any]) -> None:
+    """Check history.csv against run.json's settings, and these against best.json if tuned."""
+    hyperparameters = settings["hyperparameters"]
+    try:
+        rows = metrics.read_csv(folder / "history.csv", model.EpochRecord._fields)
+    except (OSError, metrics.MetricsError) as error:
+        audit("history.csv", "readable", str(error), False)
+        return
+    audit("history.csv, number of epochs", len(rows), hyperparameters["epochs"])
+    audit("history.csv, first learning rate", float(rows[0][1]), hyperparameters["learning_rate"])
+    best = next((p for p in (folder, folder.parent) if (p / "best.json").exists()), None)
+    if settings["tuned"] and best:
+        with contextlib.suppress(RunError):  # which audit_files has told of
+            found = read_json(best / "best.json")["hyperparameters"]
+            found["epochs"] = hyperparameters["epochs"]
+            audit("run.json, the hyperparameters of best.json", hyperparameters, found)
 
 
 def audit_model(audit: Audit, run: Run) -> None:
@@ -924,12 +951,17 @@ def verify(folder: Path, run: Run | None) -> bool:
     audit_files(audit, folder, record)
     if "result" in record.get("tune", {}):
         audit_search(audit, folder, record["tune"]["settings"])
+    if "result" in record.get("train", {}):
+        audit_training(audit, folder, record["train"]["settings"])
     if "result" in record.get("seeds", {}):
         seeds = record["seeds"]["settings"]["seeds"]
         with tempfile.TemporaryDirectory() as scratch:
-            write_seeds(folder, Path(scratch), record["data"], seeds)
-            for name in OUTPUTS["seeds"]:
-                audit_cells(audit, folder / name, Path(scratch, name))
+            try:
+                write_seeds(folder, Path(scratch), record["data"], seeds)
+            except (OSError, metrics.MetricsError) as error:
+                audit("seeds.csv follows from the predictions", "readable", str(error), False)
+            for path in sorted(Path(scratch).iterdir()):
+                audit_cells(audit, folder / path.name, path)
     if (folder / "predictions.csv").exists():
         audit_predictions(audit, folder, record, run)
     elif "result" not in record.get("seeds", {}):
@@ -1000,7 +1032,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         if not text.isdecimal() or not least <= int(text[:11]) < 2**32:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from {least} up")
         return int(text)
 
     return convert
@@ -1063,7 +1095,7 @@ def take_settings(arguments: argparse.Namespace) -> None:
     arguments.split, arguments.split_seed = about["split"], about["split_seed"]
     arguments.hyperparameters, arguments.seed = str(origin), trained["settings"]["seed"]
     arguments.precision = trained["environment"]["precision"]
-    arguments.results = arguments.results or f"{origin.parent}-again"
+    arguments.results = arguments.results or f"{origin.resolve().parent}-again"
     arguments.stage = "all" if tuned else "train test"
     if tuned and tuned["schedule"] != [list(map(list, hyperband.POSTER_BRACKET))]:
         arguments.schedule = [[hyperband.Rung(*r) for r in rungs] for rungs in tuned["schedule"]]
@@ -1168,7 +1200,7 @@ def run_stages(arguments: argparse.Namespace) -> int:
             work += [(one, each) for one in seeds if each]
             work += [(run, ("seeds",))] if "test" in stages else []
         carry_out(work)
-        ok = arguments.stage != "all" or verify_all(run)
+        ok = arguments.stage != "all" or verify_all(folder, run)
     if "test" in stages:
         print("\n" + (folder / ("seeds.md" if seeds else "table.md")).read_text(encoding="utf-8"))
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -1199,7 +1231,8 @@ def carry_out(work: Sequence[tuple[Run, Sequence[str]]]) -> None:
     for run, stages in work:
         print_plan(run, stages)
         for stage in stages:
-            if run.finished(stage):
+            if run.finished(stage) and not run.differs(stage):
+                (run.folder / "training.pt").unlink(missing_ok=True)  # after a kill at the very end
                 print(f"{stage:<10} done already")
             else:
                 {"tune": tune, "train": train, "test": test, "seeds": aggregate}[stage](run)
@@ -1207,37 +1240,34 @@ def carry_out(work: Sequence[tuple[Run, Sequence[str]]]) -> None:
 
 def verify_stage(arguments: argparse.Namespace) -> bool:
     """Verify what ``--results``, or ``--data``, names; tell whether all is as it should be."""
-    folder = Path(arguments.results) if arguments.results else None
-    if folder is None and arguments.no_model:
+    folder, run = Path(arguments.results or ""), None
+    if not arguments.no_model:
+        intact = True
+        with contextlib.suppress(RunError):  # damaged, it can't say what the folder was made from
+            intact = False
+            intact = not arguments.results or bool(read_json(folder / "run.json"))
+        if intact:
+            images = load_images(arguments)
+            folder = Path(arguments.results or Path("results", images.name))
+            run = Run(arguments, images, folder, folder / "best.json")
+        elif not (folder / "run.json").exists():
+            raise RunError(f"{folder} holds no run.json: --no-model audits its predictions.csv")
+    elif not arguments.results:
         raise RunError("--no-model looks at a folder alone: name it by --results DIR")
-    if arguments.no_model:
-        ok = verify(folder, None)
-    else:
-        if folder and (folder / "run.json").exists():
-            try:
-                read_json(folder / "run.json")
-            except RunError:  # then it can't say what the folder was made from
-                return verify(folder, None)
-        images = load_images(arguments)
-        folder = folder or Path("results", images.name)
-        if not (folder / "run.json").exists():
-            raise RunError(
-                f"{folder} holds no run.json: say --no-model to audit its predictions.csv"
-            )
-        ok = verify_all(Run(arguments, images, folder, folder / "best.json"))
+    ok = verify_all(folder, run)
     for path in (folder / "table.md", folder / "seeds.md"):
         if path.exists():
             print(f"\n{path.read_text(encoding='utf-8', errors='replace')}")
     return ok
 
 
-def verify_all(run: Run) -> bool:
-    """Verify a run's folder, and those of its seeds."""
-    ok = True
-    for seed in run.record.get("seeds", {}).get("settings", {}).get("seeds", []):
-        one = seed_run(run, seed)
-        ok &= verify(one.folder, one)
-    return verify(run.folder, run) and ok
+def verify_all(folder: Path, run: Run | None) -> bool:
+    """Verify a folder, and those of its seeds; without `run`, models and data aside."""
+    ok = verify(folder, run)
+    for path in sorted(folder.glob("seed-*")):
+        one = seed_run(run, int(path.name[5:])) if run else None
+        ok &= verify(path, one)
+    return ok
 
 
 def main(argv: Sequence[str] | None = None) -> int:

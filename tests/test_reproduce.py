@@ -275,6 +275,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ('{"momentum": "much"}', "momentum must be of type float"),
         ('{"speed": 3}', "unexpected keyword argument 'speed'"),
         ('{"hyperparameters": 7}', "no hyperparameters"),
+        ('{"train": 5}', "no hyperparameters"),
+        ('{"train": {}}', "no hyperparameters"),
         ('{"learning_rate": NaN}', "learning_rate nan is out of its range"),
     ],
 )
@@ -527,8 +529,46 @@ def test_audit_of_the_poster_can_fail(monkeypatch, capsys):
 def test_nothing_to_verify(tiny, tmp_path, capsys):
     words = ["--stage", "verify", "--results", tmp_path, "--data", tiny]
     assert "holds no predictions.csv" in refused(capsys, *words, "--no-model")
-    assert "holds no run.json: say --no-model" in refused(capsys, *words)
+    assert "holds no run.json: --no-model audits" in refused(capsys, *words)
     assert "name it by --results" in refused(capsys, "--stage", "verify", "--no-model")
+
+
+def test_verify_without_model_looks_into_the_seeds_too(tiny, tmp_path, capsys):
+    words = ["--data", tiny, "--results", tmp_path / "r", "--epochs", 1, "--seeds", 0, 1]
+    for stage in ("train", "test"):
+        run("--stage", stage, *words)
+    run("--stage", "verify", "--no-model", "--results", tmp_path / "r")
+    path = tmp_path / "r" / "seed-1" / "table.csv"
+    path.write_text(path.read_text().replace("0.6387", "0.6388"))
+    run("--stage", "verify", "--no-model", "--results", tmp_path / "r", expect=1)
+    assert "'8', was '7'" in capsys.readouterr().out
+
+
+def test_overwriting_a_search_trains_again_with_what_it_found(tiny, tmp_path, capsys):
+    words = ["--data", tiny, "--results", tmp_path / "r", "--hyperparameters", "tuned"]
+    words += ["--epochs", 1, "--schedule", "hyperband"]
+    run(*words, "--max-resource", 3)
+    run(*words, "--max-resource", 4, "--eta", 2, "--overwrite")
+    best = json.loads((tmp_path / "r" / "best.json").read_text())["hyperparameters"]
+    assert trained_with(tmp_path / "r") == {**best, "epochs": 1}
+    assert "ok     run.json, the hyperparameters of best.json" in capsys.readouterr().out
+
+
+def test_cut_off_while_a_finished_run_is_cleared(copied, tiny, monkeypatch):
+    before, unlink = contents(copied), Path.unlink
+
+    def cut(path, **options):
+        unlink(path, **options)
+        if path.name == "model.pt":
+            raise KeyboardInterrupt
+
+    words = ["--data", tiny, "--results", copied, *QUICK]
+    monkeypatch.setattr(Path, "unlink", cut)
+    run(*words, expect=130)
+    monkeypatch.undo()
+    assert not (copied / "model.pt").exists()
+    run(*words)
+    assert contents(copied) == before
 
 
 def test_verify_names_a_damaged_run_json(copied, capsys):
