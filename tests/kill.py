@@ -3,9 +3,9 @@
     python tests/kill.py --kills 200 --seed 0
 
 Each round runs ``reproduce.py --stage all`` on a tiny data set: forked, killed after a random time,
-or at a random step of the file protocol (before or after a temporary file is moved into place),
-and started again until it ends. Its files must then be those of a run that was never killed, wall
-times aside. Every fourth round is a download instead. Not on Windows.
+or just before or after a random temporary file is moved into place, and started again until it
+ends. Its files must then be those of a run that was never killed, wall times aside. Every second
+round starts from a finished folder, every fourth is a download instead. Not on Windows.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -66,34 +67,44 @@ def contents(folder: Path) -> dict[str, str]:
     return read
 
 
-def run(call, kill_after: float | None = None, kill_at_move: int | None = None) -> int | None:
-    """Fork and `call`; return its exit status, or None where it was killed."""
+def run(call, kill_after: float | None = None, kill_at: tuple[int, bool] | None = None):
+    """Fork and `call`; return its exit status, or None where it was killed, and its moves.
+
+    It is killed after some seconds, or at its n-th move of a temporary file: before or after it.
+    """
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        moves, move = 0, os.replace
+        move = os.replace
 
         def counted(*arguments, **options):
-            nonlocal moves
-            moves += 1
-            if moves == kill_at_move:
-                if random.random() < 0.5:
-                    move(*arguments, **options)
+            os.write(writing, b".")
+            counted.moves += 1
+            if kill_at == (counted.moves, False):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return move(*arguments, **options)
+            move(*arguments, **options)
+            if kill_at == (counted.moves, True):
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        os.replace = counted
-        Path.replace = lambda self, target: (counted(self, target), Path(target))[1]
+        counted.moves = 0
+        os.replace = counted  # Path.replace calls it
         status = 99
         with contextlib.suppress(BaseException):
             status = call()
         os._exit(status)
+    os.close(writing)
     if kill_after is not None:
-        threading.Timer(kill_after, lambda: kill_if_there(child)).start()
+        timer = threading.Timer(kill_after, kill_if_there, (child,))
+        timer.start()
+    with os.fdopen(reading, "rb") as pipe:
+        moves = len(pipe.read())  # until the child's end, and its descendants'
     _, status = os.waitpid(child, 0)
-    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    if kill_after is not None:
+        timer.cancel()
+    return (None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), moves
 
 
 def kill_if_there(child: int) -> None:
@@ -142,12 +153,15 @@ def check(kills: int, seed: int, say=print) -> int:
 
         started = time.monotonic()
         whole = Path(scratch, "whole")
-        if run(lambda: command(whole)) != 0:
+        status, moves = run(lambda: command(whole))
+        if status != 0:
             raise SystemExit("the run without kills failed")
         expected, takes = contents(whole), time.monotonic() - started
         while done < kills:
             rounds += 1
             folder = Path(scratch, f"round-{rounds}")
+            if rounds % 2:  # a finished run, which is cleared and done again
+                shutil.copytree(whole, folder)
             if rounds % 4 == 0:
                 target, expects, found = folder / "x", SlowServer.content, None
 
@@ -161,9 +175,10 @@ def check(kills: int, seed: int, say=print) -> int:
                     return command(target)
 
             while True:
-                after = rng.uniform(0, min(takes, 3.0)) if rng.random() < 0.6 else None
-                at_move = None if after else rng.randint(1, 12)
-                status = run(call, after, at_move)
+                if rng.random() < 0.5:
+                    status, _ = run(call, kill_after=rng.uniform(0, takes))
+                else:
+                    status, _ = run(call, kill_at=(rng.randint(1, moves), rng.random() < 0.5))
                 if status is None:
                     done += 1
                     continue
