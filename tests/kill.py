@@ -53,13 +53,15 @@ def contents(folder: Path) -> dict[str, str]:
             text = "\n".join(line.rpartition(",")[0] for line in text.split("\n"))
         elif name == "tuning.jsonl":
             text = re.sub(r'"seconds": [^,]+,|"crc32": "\w+"', "", text)
+        elif name == "report.md":
+            text = re.sub(r"\| wall time .*", "", text)
         elif name == "run.json":
             record = json.loads(text)
             del record["check"]
             for stage in set(record) - {"data"}:
-                del record[stage]["result"]["seconds"]
+                record[stage]["result"].pop("seconds", None)
                 record[stage]["result"].pop("images_per_second", None)
-                for timed in ("history.csv", "tuning.jsonl"):
+                for timed in ("history.csv", "tuning.jsonl", "report.md"):
                     record[stage]["files"].pop(timed, None)
             text = json.dumps(record)
         read[name] = text
