@@ -1214,7 +1214,7 @@ def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
     parts.append("## Deviations from the poster")
     parts.append("\n".join(f"- {line}" for line in deviations(record, trained)))
     parts += ["## Provenance", metrics.markdown_table(("what", ""), provenance(record, trained))]
-    write_text(target / "report.md", "\n\n".join(parts).strip() + "\n")
+    write_text(target / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
 
 
 def what_was_run(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
@@ -1235,9 +1235,8 @@ def what_was_run(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
             f"{record['tune']['result']['failed']} of them failed."
         )
     epochs = settings["hyperparameters"]["epochs"]
-    lines.append(
-        f"Training: {settings['network']['network']}, {epochs} epochs; the last is tested."
-    )
+    network = settings["network"]["network"]
+    lines.append(f"Training: {network}, {epochs} epochs; the last one's weights are tested.")
     return lines
 
 
@@ -1253,7 +1252,8 @@ def class_table(source: Path, about: dict[str, Any]) -> str:
     ):
         shown = [f"{float(cell):.4f}" for cell in (*figures[2:5], *area[2:5])]
         poster = [f"{POSTER_AUC[k]:.4f}"] if comparable(about) else []
-        row = (figures[1], figures[5], *shown[:4], f"{shown[4]} to {shown[5]}", *poster)
+        name = figures[1] if figures[1] in (str(k), f"class {k}") else f"{k}: {figures[1]}"
+        row = (name, figures[5], *shown[:4], f"{shown[4]} to {shown[5]}", *poster)
         rows.append(row)
     header = ["class", "test images", "precision", "recall", "F1", "AUC", "95 % interval of AUC"]
     return metrics.markdown_table(header + ["poster's AUC"] * comparable(about), rows)
