@@ -1514,7 +1514,7 @@ def verify(folder: Path, run: Run | None) -> bool:
     audit_texts(audit, folder, record)
     if (folder / "predictions.csv").exists():
         audit_predictions(audit, folder, record, run)
-    elif "result" not in record.get("seeds", {}):
+    elif not any("result" in record.get(stage, {}) for stage in ("seeds", "compare")):
         raise RunError(f"{folder} holds no predictions.csv to verify: run --stage test first")
     if audit.wrong:
         print(f"{audit.wrong} of {audit.checks} checks are WRONG in {folder}")
