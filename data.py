@@ -33,7 +33,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -173,6 +173,24 @@ def official_split(image_data: ImageData) -> Split:
     if image_data.official is None:
         raise DataError(f"{image_data.source}: no official split; use the poster's")
     return Split(**image_data.official)
+
+
+def folders_split(image_data: ImageData, seed: int = 0) -> Split:
+    """Test on all of the source's own test part; shuffle its train part and cut that 80/20 %.
+
+    What the authors did with their two folders: 150,000 images give 120,000 / 30,000.
+
+    Raises
+    ------
+    DataError
+        If the source has no parts of its own, or its train part fewer than two images.
+    """
+    train, _, test = official_split(image_data)
+    order = np.random.RandomState(seed).permutation(train)
+    end = len(order) * 80 // 100
+    if end == 0:
+        raise DataError(f"{len(order)} images are too few to split 80/20 %: use at least 2")
+    return Split(order[:end], order[end:], test)
 
 
 def tuning_split(split: Split, n: int = 10_000, seed: int = 0) -> Split:
@@ -648,8 +666,10 @@ def _decode(folder: Path, files: Sequence[Path], progress: Progress | None) -> n
     return images
 
 
-def _load_folder(folder: Path, root: Path, progress: Progress | None) -> ImageData:
-    """Load the authors' format: images named by id (zero-padded or not), and a CSV of labels."""
+def _list_folder(folder: Path) -> tuple[Path, list[Path], np.ndarray]:
+    """Return the CSV of the authors' format, the image files in order of id, and their labels."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
     files = _image_files(folder)
     csv_path, label_of = _read_label_file(folder)
     _refuse(
@@ -662,16 +682,20 @@ def _load_folder(folder: Path, root: Path, progress: Progress | None) -> ImageDa
     _refuse(folder, f"images have no row in {csv_path.name}", ids.keys() - label_of.keys())
     _refuse(folder, f"rows of {csv_path.name} have no image", label_of.keys() - ids.keys())
     files.sort(key=lambda path: int(path.stem))
-    labels = np.array([label_of[int(path.stem)] for path in files], np.int64)
-    class_names = _check_labels(csv_path, labels)
+    return csv_path, files, np.array([label_of[int(path.stem)] for path in files], np.int64)
 
+
+def _read_folder(
+    csv_path: Path, files: list[Path], labels: np.ndarray, root: Path, progress: Progress | None
+) -> np.ndarray:
+    """Decode the images of a folder, or take them from the cache."""
     stats = [(path.name, path.stat()) for path in (*files, csv_path)]
     key = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()
     cache = root / f"folder-{hashlib.md5(key, usedforsecurity=False).hexdigest()}.npz"
     try:
         images = load_images(cache)[1]
     except DataError:  # not there yet, or damaged
-        images = _decode(folder, files, progress)
+        images = _decode(files[0].parent, files, progress)
         temporary = cache.with_suffix(f".{os.getpid()}.tmp")
         with suppress(OSError):  # the cache saves time and nothing else
             root.mkdir(parents=True, exist_ok=True)
@@ -681,7 +705,53 @@ def _load_folder(folder: Path, root: Path, progress: Progress | None) -> ImageDa
                 temporary.replace(cache)
             finally:
                 temporary.unlink(missing_ok=True)
-    return _without_file(images, labels, class_names, folder.resolve().name, str(folder))
+    return images
+
+
+def load_folders(
+    train: str | Path,
+    test: str | Path | None = None,
+    root: str | Path = "~/.medmnist",
+    progress: Progress | None = None,
+) -> ImageData:
+    """Load one folder in the authors' format, or two: labelled images, and test images.
+
+    Parameters
+    ----------
+    train, test : str or Path
+        Folders of JPEG or PNG files named by integer id beside a CSV with the columns
+        `Id,Cell type`. The classes are those of both; with `test`, the `official` parts are the
+        first folder (train), nothing (valid) and the second: see `folders_split`.
+    root : str or Path, optional
+        Folder of what was decoded.
+    progress : callable(done_images, total_images), optional
+        Called while decoding a folder.
+
+    Raises
+    ------
+    DataError
+        If a folder is not as described, or their images differ in size.
+    """
+    folders = [Path(train)] if test is None else [Path(train), Path(test)]
+    try:
+        listed = [_list_folder(folder) for folder in folders]
+        labels = np.concatenate([labels for _, _, labels in listed])
+        class_names = _check_labels(" and ".join(str(path) for path, _, _ in listed), labels)
+        parts = [_read_folder(*found, Path(root).expanduser(), progress) for found in listed]
+    # RuntimeError: no home folder for the ~ of root; MemoryError: images too large to decode.
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise DataError(f"{' and '.join(map(str, folders))}: {error}") from error
+    where = " and ".join(map(str, folders))
+    if len({images.shape[1:] for images in parts}) > 1:
+        sizes = " and ".join("{1}x{2}".format(*images.shape) for images in parts)
+        raise DataError(f"{where}: the images differ in size ({sizes} pixels)")
+    images = np.concatenate(parts)
+    loaded = _without_file(images, labels, class_names, folders[0].resolve().name, where)
+    if test is None:
+        return loaded
+    index, end = np.arange(len(labels), dtype=np.int64), len(parts[0])
+    official = {"train": index[:end], "valid": index[:0], "test": index[end:]}
+    return replace(loaded, official=official)
 
 
 # -------------------------------------------------------------------------------------- load
@@ -721,7 +791,7 @@ def load(
             return _load_digits()
         path = Path(source)
         if path.is_dir():
-            return _load_folder(path, Path(root).expanduser(), progress)
+            return load_folders(path, None, root, progress)
         return _load_npz(path)
     # RuntimeError: no home folder for the ~ of root; MemoryError: images too large to decode.
     except (OSError, RuntimeError, MemoryError) as error:

@@ -1042,6 +1042,7 @@ def draw_roc(
     per_class_csv: PathLike,
     stem: PathLike,
     reference_auc: Sequence[float] | None = None,
+    reference_name: str = "reference",
 ) -> None:
     """Draw a panel a class: the ROC curve, its AUC with interval, and the class ratio.
 
@@ -1055,6 +1056,8 @@ def draw_roc(
         The figure's, without ".png" and ".svg".
     reference_auc : sequence of K floats, optional
         AUCs to stand beside these, such as the poster's; NaN for none.
+    reference_name : str, optional
+        Whose they are.
     """
     areas = _columns(auc_csv, AUC_HEADER, text="name")
     names, support = _names_and_support(per_class_csv)
@@ -1080,7 +1083,7 @@ def draw_roc(
             lines = [
                 f"AUC {areas['auc'][k]:.3f}" if len(curves[k]["fpr"]) else "AUC undefined",
                 f"({low:.3f} to {high:.3f})" if np.isfinite(low) else "",
-                f"reference {reference_auc[k]:.3g}" if np.isfinite(reference_auc[k]) else "",
+                f"{reference_name} {reference_auc[k]:.3f}" if np.isfinite(reference_auc[k]) else "",
                 f"class ratio {support[k] / support.sum():.3f}",
             ]
             text = "\n".join(filter(None, lines))

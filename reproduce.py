@@ -13,14 +13,19 @@ import contextlib
 import copy
 import csv
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
+import pickle
 import platform
+import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +35,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,11 +104,25 @@ OUTPUTS = {
         "table.md",
         "roc/class_*.csv",
         "roc/auc.csv",
-        "figures/*.png",
-        "figures/*.svg",
     ),
     "seeds": ("seeds.csv", "seeds.md"),
+    "compare": ("compare.jsonl", "compare.csv", "scaling.csv", "compare.md"),
+    "figures": ("figures/*.png", "figures/*.svg"),
+    "report": ("report.md",),
 }
+# What is out of date once a stage is done again.
+FOLLOWING = {
+    "tune": ("figures", "report"),
+    "train": ("test",),
+    "test": ("figures", "report"),
+    "seeds": ("report",),
+    "compare": ("figures", "report"),
+    "figures": ("report",),
+}
+# Files by which an interrupted stage goes on, and which a finished one has no more.
+UNFINISHED = ("training.pt", "compare.jsonl")
+# Stages that look at the results of others: on the same data, without being told it again.
+LATER = ("test", "verify", "figures", "report", "compare")
 
 
 class RunError(ValueError):
@@ -290,11 +310,15 @@ class Run:
             except RunError as error:
                 if not arguments.overwrite:
                     raise RunError(f"{error}: say --overwrite to start over") from None
-        known = self.record.get("data", {}) if arguments.stage in ("test", "verify") else {}
+        known = self.record.get("data", {}) if arguments.stage in LATER else {}
         self.split_name = arguments.split or known.get("split", "poster")
+        if arguments.test_data:
+            self.split_name = "folders"
         seed = known.get("split_seed") if arguments.split_seed is None else arguments.split_seed
         if self.split_name == "official":
             self.split, seed = data.official_split(images), None
+        elif self.split_name == "folders":
+            self.split = data.folders_split(images, seed := seed or 0)
         else:
             self.split = data.poster_split(len(images.labels), seed := seed or 0)
         named = images.name if arguments.data in (None, "auto") else str(arguments.data)
@@ -308,6 +332,8 @@ class Run:
             "split_seed": seed,
             "sizes": [len(part) for part in self.split],
         }
+        if arguments.test_data:
+            self.data["test_source"] = str(arguments.test_data)
 
     def open(self, stages: Sequence[str], again: bool) -> None:
         """See that the folder may take these stages; clear other runs', and all if `again`."""
@@ -334,7 +360,7 @@ class Run:
     @staticmethod
     def changed(ours: dict, theirs: dict) -> list[str]:
         """Name the settings that differ; where the data lay is none."""
-        keys = {**ours, **theirs}.keys() - {"source"}
+        keys = {**ours, **theirs}.keys() - {"source", "test_source"}
         return sorted(key for key in keys if ours.get(key) != theirs.get(key))
 
     def refuse(self, changed: list[str]) -> None:
@@ -358,6 +384,8 @@ class Run:
         """Record what the stage is about to do, and where; return its settings."""
         if self.differs(stage):
             self.discard(stage)
+        for later in FOLLOWING.get(stage, ()):
+            self.discard(later)
         settings = SETTINGS[stage](self)
         where = environment(self.arguments.device, settings.get("precision", "fp32"))
         self.record[stage] = {"settings": settings, "environment": where}
@@ -371,7 +399,7 @@ class Run:
             path.relative_to(self.folder).as_posix(): fingerprint(path.read_bytes())
             for pattern in OUTPUTS[stage]
             for path in sorted(self.folder.glob(pattern))
-            if path.is_file() and path.name != "training.pt"
+            if path.is_file() and path.name not in UNFINISHED
         }
         self.save()
 
@@ -381,8 +409,8 @@ class Run:
 
     def discard(self, stage: str) -> None:
         """Remove the stage's files and forget it, and before it what hangs on it."""
-        if stage == "train":
-            self.discard("test")
+        for later in FOLLOWING.get(stage, ()):
+            self.discard(later)
         if self.finished(stage):  # not any more, wherever a kill may cut this off
             del self.record[stage]["result"], self.record[stage]["files"]
             self.save()
@@ -774,6 +802,560 @@ def write_seeds(source: Path, target: Path, about: dict[str, Any], seeds: Sequen
     )
 
 
+# ---------------------------------------------------------------- the poster's other systems
+
+SYSTEMS = ("KNN", "SVM (RBF)", "SVM (linear)", "NephNet2D", "PosterCNN")
+TIMED_IMAGES = 1_000  # test images that prediction is timed on
+POSTER_TRAIN = 120_000
+COMPARE_HEADER = (
+    *("system", "training_images", *METRIC_NAMES, "train_seconds"),
+    *("predict_seconds_per_1000", "peak_memory_mb", "model_mb", "settings"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One system to be trained on some images, and applied; pairs are images and labels."""
+
+    system: str
+    train: tuple[Any, Any]
+    valid: tuple[Any, Any]
+    test: tuple[Any, Any]
+    network: dict[str, Any]
+    hyperparameters: model.Hyperparameters
+    options: dict[str, Any]
+    """The seed, device and precision of `model.fit`."""
+
+
+def comparison_sizes(top: int) -> list[int]:
+    """List 1,000, 2,000, 5,000, ... and `top`; on small data the last three below `top`."""
+    series = [k * 10**exponent for exponent in range(1, 9) for k in (1, 2, 5)]
+    below = [size for size in series if 1.5 * size <= top]
+    return [*(below[-3:] if len(below) < 9 else below[6:]), top]
+
+
+def comparison_settings(run: Run) -> dict[str, Any]:
+    """Say what decides the comparison's outcome."""
+    chosen = chosen_hyperparameters(run.arguments, run.best)
+    top = min(run.arguments.compare_max, len(run.split.train))
+    if chosen is None:
+        raise RunError(f"no {run.best} to take tuned hyperparameters from: run --stage tune first")
+    if top < max(10, run.images.num_classes):
+        raise RunError(f"{top} training images are too few to compare on")
+    return {
+        "sizes": comparison_sizes(top),
+        "systems": SYSTEMS,
+        "hyperparameters": asdict(chosen),
+        "seed": run.arguments.seed,
+        "precision": run.arguments.precision,
+    }
+
+
+def compare(run: Run) -> None:
+    """Train and apply each system at growing training sizes, each time in a process of its own."""
+    settings = run.begin("compare")
+    sizes, arguments = settings["sizes"], run.arguments
+    log = run.folder / "compare.jsonl"  # a line a finished measurement
+    rows = []
+    if log.exists():
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    hyperparameters = model.Hyperparameters(**settings["hyperparameters"])
+    # In a random order, but for one image of each class at the head: a prefix has every class.
+    pool = random.Random(arguments.seed).sample(run.split.train.tolist(), len(run.split.train))
+    head = {int(run.images.labels[index]): index for index in reversed(pool)}
+    pool = [*head.values(), *(index for index in pool if index not in {*head.values()})]
+    progress = Progress("compare", len(SYSTEMS) * sum(sizes))
+    done = 0
+    for size, system in itertools.product(sizes, SYSTEMS):
+        row = next((r for r in rows if (r["system"], r["images"]) == (system, size)), None)
+        if row is None:
+            config = run.network_config(hyperparameters) | {"network": system}
+            if system == "NephNet2D":
+                config["num_features"] = 32
+            last = size == sizes[-1]
+            job = Job(
+                system,
+                run.part(pool[:size]),
+                run.part(run.split.valid[: max(1, size // 4)]),  # the poster's 80/20
+                run.part(run.split.test[: None if last else TIMED_IMAGES]),
+                config,
+                hyperparameters,
+                {key: getattr(arguments, key) for key in ("seed", "device", "precision")},
+            )
+
+            def tell(share: float, done: int = done, job: Job = job) -> None:
+                progress(done + share * len(job.train[0]), f"{job.system} is training")
+
+            row = in_own_process(job, tell)
+            rows.append(row)
+            write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+        done += size
+        shown = f"training {row['train_seconds']:.3g} s, prediction of 1,000 "
+        shown += f"{row['predict_seconds_per_1000']:.3g} s, {row['peak_memory_mb']:.0f} MB"
+        progress(done, f"{system}, {size:,} images: {shown}", step=True)
+    progress.close()
+    rows.sort(key=lambda row: (SYSTEMS.index(row["system"]), row["images"]))
+    scaling = [[row[key] for key in metrics.SCALING_HEADER] for row in rows]
+    metrics.write_csv(run.folder / "scaling.csv", metrics.SCALING_HEADER, scaling)
+    table = [
+        [row["images" if key == "training_images" else key] for key in COMPARE_HEADER]
+        for row in rows
+        if row["images"] == sizes[-1]
+    ]
+    metrics.write_csv(run.folder / "compare.csv", COMPARE_HEADER, table)
+    write_comparison(run.folder, run.folder, run.data, run.record["compare"])
+    run.finish("compare", {"seconds": sum(row["seconds"] for row in rows)})
+    log.unlink(missing_ok=True)
+
+
+def in_own_process(job: Job, tell: Callable[[float], None]) -> dict[str, Any]:
+    """Measure a job in a new process, so that no other's memory and caches count."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=answer, args=(job, theirs), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for us alone
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    theirs.close()
+    with ours:
+        try:
+            while isinstance(message := ours.recv(), float):
+                tell(message)
+        except EOFError:
+            message = "its process ended early (out of memory?)"
+        finally:
+            process.kill()
+            process.join()
+            process.close()
+    if isinstance(message, str):
+        raise RunError(f"{job.system} on {len(job.train[0]):,} images: {message}")
+    return message
+
+
+def answer(job: Job, pipe: Any) -> None:
+    """Send shares done of a job, then its measurements, or what went wrong."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of classes never predicted
+            pipe.send(measure(job, pipe.send))
+    except Exception as error:  # whatever a system raises is its user's to read, in one line
+        pipe.send((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def measure(job: Job, tell: Callable[[float], None]) -> dict[str, Any]:
+    """Train and apply a job's system; return times, memory, size and metrics on `job.test`."""
+    started = time.perf_counter()
+    make = network_system if job.system in model.NETWORKS else classical_system
+    images, labels = job.test
+    # Once on a few images, lest the libraries' own first steps be measured.
+    few = slice(max(10, job.network["num_classes"]))
+    learn, apply, *_ = make(job, lambda share: None)
+    learn(job.train[0][few], job.train[1][few], epochs=1)
+    apply(images[few])
+    learn, apply, settings, size = make(job, tell)
+    before = peak_memory(reset=True)
+    clock = [time.perf_counter()]
+    learn(*job.train)
+    clock.append(time.perf_counter())
+    predicted = list(apply(images[:TIMED_IMAGES]))
+    clock.append(time.perf_counter())
+    peak = peak_memory() - before
+    if len(images) > TIMED_IMAGES:
+        predicted += list(apply(images[TIMED_IMAGES:]))
+    return {
+        "system": job.system,
+        "images": len(job.train[0]),
+        **metrics.summary(labels, [int(k) for k in predicted], job.network["num_classes"]),
+        "train_seconds": clock[1] - clock[0],
+        "predict_seconds_per_1000": (clock[2] - clock[1]) * 1000 / min(len(images), TIMED_IMAGES),
+        "peak_memory_mb": max(peak, 4096) / 1e6,  # a page at least: it stands on a log axis
+        "model_mb": size() / 1e6,
+        "settings": settings(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def classical_system(job: Job, tell: Callable[[float], None]) -> tuple[Callable, ...]:
+    """Give functions that train one of scikit-learn's classifiers, apply, describe and size it."""
+    import sklearn
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.svm import SVC, LinearSVC
+
+    classifier = {
+        "KNN": KNeighborsClassifier,
+        "SVM (RBF)": SVC,
+        "SVM (linear)": partial(LinearSVC, random_state=job.options["seed"]),
+    }[job.system]()
+    notes: list[str] = []
+
+    def flat(images: Any) -> Any:
+        return images.reshape(len(images), -1).astype("float32") / 255
+
+    def learn(images: Any, labels: Any, epochs: int | None = None) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            classifier.fit(flat(images), labels)
+        notes.extend("not converged" for w in caught if "converge" in str(w.message))
+
+    def settings() -> str:
+        with sklearn.config_context(print_changed_only=False):
+            return "; ".join([" ".join(repr(classifier).split()), *notes])
+
+    def apply(images: Any) -> Any:
+        return classifier.predict(flat(images))
+
+    return learn, apply, settings, lambda: len(pickle.dumps(classifier))
+
+
+def network_system(job: Job, tell: Callable[[float], None]) -> tuple[Callable, ...]:
+    """Give functions that train a network, apply, describe and size it."""
+    network = model.build(job.network, job.options["seed"])
+    parameters = sum(weights.numel() for weights in network.parameters())
+
+    def learn(images: Any, labels: Any, epochs: int = job.hyperparameters.epochs) -> None:
+        model.fit(
+            network,
+            images,
+            labels,
+            *job.valid,
+            replace(job.hyperparameters, epochs=epochs),
+            **job.options,
+            on_epoch=lambda record: tell((record.epoch + 1) / epochs),
+        )
+
+    def apply(images: Any) -> Any:
+        return model.predict(network, images, device=job.options["device"]).numpy().argmax(1)
+
+    return (
+        learn,
+        apply,
+        lambda: f"{parameters:,} parameters, {job.hyperparameters.epochs} epochs",
+        lambda: sum(t.numel() * t.element_size() for t in network.state_dict().values()),
+    )
+
+
+def peak_memory(reset: bool = False) -> float:
+    """Give the most bytes this process has held, on Linux since the last `reset`."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):  # not Linux
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most * (1 if sys.platform == "darwin" else 1024)
+
+
+def growth(rows: Sequence[dict[str, str]], system: str, column: str) -> float:
+    """Fit p of `column` = a * images ** p by least squares on logarithms; NaN for one size."""
+    mine = [row for row in rows if row["system"] == system]
+    points = [(float(row["images"]), float(row[column])) for row in mine]
+    logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
+    if len(logs) < 2:
+        return math.nan
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def write_comparison(
+    source: Path, target: Path, about: dict[str, Any], entry: dict[str, Any]
+) -> None:
+    """Write to `target` compare.md, which follows from `source`'s compare.csv and scaling.csv."""
+    rows, scaling = (
+        [dict(zip(header, row, strict=True)) for row in metrics.read_csv(source / name, header)]
+        for name, header in (
+            ("compare.csv", COMPARE_HEADER),
+            ("scaling.csv", metrics.SCALING_HEADER),
+        )
+    )
+    where, size = entry["environment"], int(rows[0]["training_images"])
+    columns = metrics.SCALING_HEADER[2:]
+    powers = {system: [growth(scaling, system, c) for c in columns] for system in SYSTEMS}
+    shown = [
+        (
+            row["system"],
+            *(f"{float(row[key]):.4f}" for key in METRIC_NAMES),
+            *(f"{float(row[key]):.3g}" for key in (*columns, "model_mb")),
+        )
+        for row in rows
+    ]
+    times = ("training, s", "prediction of 1,000, s", "peak memory, MB")
+    heading = ("system", *METRIC_NAMES.values(), *times, "model, MB")
+    grown = [(s, *(f"{power:.2f}" for power in powers[s])) for s in SYSTEMS]
+    sizes = ", ".join(f"{n:,}" for n in entry["settings"]["sizes"])
+    settings = "".join(f"- {row['system']}: {row['settings']}\n" for row in rows)
+    write_text(
+        target / "compare.md",
+        f"{title(about)}; {size:,} training images, device {where['device']}, "
+        f"{where['threads']} threads.\n\n{metrics.markdown_table(heading, shown)}\n"
+        "KNN and SVM, with scikit-learn's defaults, take the pixels divided by 255. A network's "
+        "training includes validation on a quarter as many images. Memory is the process's, above "
+        f"what it held before training; a GPU's is not counted.\n\n{settings}\n"
+        f"Exponents p of the growth n^p, fitted by least squares on logarithms to n = {sizes} "
+        f"training images (scaling.csv):\n\n"
+        + metrics.markdown_table(("system", "training", "prediction", "peak memory"), grown)
+        + "\n"
+        + "\n\n".join(claims({row["system"]: row for row in rows}, powers, size))
+        + "\n",
+    )
+
+
+def claims(
+    rows: dict[str, dict[str, str]], powers: dict[str, list[float]], size: int
+) -> tuple[str, str]:
+    """Say whether the poster's two claims hold, given `write_comparison`'s measurements."""
+    knn, cnn = rows["KNN"], rows["PosterCNN"]
+    more = [float(knn[c]) > float(cnn[c]) for c in metrics.SCALING_HEADER[3:]]
+    verdict = {
+        (True, True): "holds here",
+        (True, False): "holds here for computation, not for memory",
+        (False, True): "holds here for memory, not for computation",
+        (False, False): "does not hold here",
+    }[more[0], more[1]]
+
+    def at_posters(system: str) -> str:
+        measured = float(rows[system]["train_seconds"])
+        return duration(measured * (POSTER_TRAIN / size) ** powers[system][0])
+
+    rbf, network = powers["SVM (RBF)"][0], powers["PosterCNN"][0]
+    suits = "holds here" if rbf > max(1.0, network) else "does not hold here"
+    if math.isnan(rbf):
+        return ("One training size shows no growth: give a larger --compare-max.", "")
+    return (
+        f'"KNN has a large amount of computation and memory overhead" **{verdict}**: after '
+        f"{size:,} training images, predicting 1,000 takes "
+        f"{float(knn['predict_seconds_per_1000']):.3g} s (PosterCNN "
+        f"{float(cnn['predict_seconds_per_1000']):.3g} s) and grows as n^{powers['KNN'][1]:.2f}; "
+        f"memory peaks at {float(knn['peak_memory_mb']):.3g} MB (PosterCNN "
+        f"{float(cnn['peak_memory_mb']):.3g} MB) and grows as n^{powers['KNN'][2]:.2f}; the model "
+        f"takes {float(knn['model_mb']):.3g} MB (PosterCNN {float(cnn['model_mb']):.3g} MB).",
+        f'SVM "doesn\'t suitable for large-scale training samples" **{suits}**: training the RBF '
+        f"SVM grows as n^{rbf:.2f} (PosterCNN n^{network:.2f}, linear SVM "
+        f"n^{powers['SVM (linear)'][0]:.2f}; it would hold if above both 1 and PosterCNN's), which "
+        f"makes {at_posters('SVM (RBF)')} of the poster's {POSTER_TRAIN:,} images if it goes on so "
+        f"(PosterCNN {at_posters('PosterCNN')}, linear SVM {at_posters('SVM (linear)')}).",
+    )
+
+
+# ---------------------------------------------------------------------- figures and the report
+
+NO_MATPLOTLIB = "figures need matplotlib: pip install -r requirements-figures.txt"
+FIGURES = {  # with what stands in the report
+    "class_ratios": "Class ratios of the test images",
+    "confusion": "Confusion matrix: counts, shaded by share of the true class",
+    "roc": "ROC curves by raw logits, each class against the rest",
+    "history": "Accuracy and loss over the epochs",
+    "search": "Search: validation loss of each trial",
+    "scaling": "Training time, prediction time and peak memory over training images",
+    "samples": "The first images of each class",
+}
+
+
+def drawable() -> bool:
+    """Tell whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(run: Run) -> None:
+    """Draw figures/ from the CSV files that are there, and sample images from the data."""
+    run.begin("figures")
+    (run.folder / "figures").mkdir(exist_ok=True)
+    poster = {"reference_auc": POSTER_AUC, "reference_name": "poster"}
+    roc = partial(metrics.draw_roc, **(poster if comparable(run.data) else {}))
+    for name, function, *sources in (
+        ("class_ratios", metrics.draw_class_ratios, "per_class.csv"),
+        ("confusion", metrics.draw_confusion, "confusion.csv"),
+        ("roc", roc, "roc", "roc/auc.csv", "per_class.csv"),
+        ("history", metrics.draw_history, "history.csv"),
+        ("search", metrics.draw_search, "tuning.jsonl"),
+        ("scaling", metrics.draw_scaling, "scaling.csv"),
+    ):
+        paths = [run.folder / source for source in sources]
+        if all(path.exists() for path in paths):
+            function(*paths, run.folder / "figures" / name)
+    images = run.images
+    stem = run.folder / "figures" / "samples"
+    metrics.draw_samples(images.images, images.labels, images.class_names, stem)
+    run.finish("figures", {})
+
+
+def report(run: Run) -> None:
+    """Write report.md: what was run on what, how it came out, and how it was made."""
+    if not any((run.folder / name).exists() for name in ("table.md", "seeds.md")):
+        raise RunError(f"{run.folder} holds no table to report: run --stage test first")
+    run.begin("report")
+    write_report(run.folder, run.folder, run.record)
+    run.finish("report", {})
+
+
+def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
+    """Write to `target` the report.md that follows from `source`'s files and run.json."""
+    about, trained = record["data"], record.get("train")
+    if trained is None:  # several seeds: each has trained in a folder of its own
+        seed = record["seeds"]["settings"]["seeds"][0]
+        trained = read_json(source / f"seed-{seed}" / "run.json")["train"]
+
+    def content(name: str) -> str:
+        path = source / name
+        return path.read_text(encoding="utf-8").replace(f"{NOT_COMPARABLE}\n\n", "").strip()
+
+    parts = [f"# {about['name']}: a run of the poster's chain"]
+    if not comparable(about):
+        parts.append(f"**{NOT_COMPARABLE}**")
+    parts += ["## What was run", "\n".join(f"- {line}" for line in what_was_run(record, trained))]
+    parts.append("## Results")
+    parts += [content(name) for name in ("table.md", "seeds.md") if (source / name).exists()]
+    if (source / "table.md").exists():
+        parts.append(
+            "Intervals: percentile bootstrap over the test images (10,000 replicates), DeLong's "
+            "for AUC. Tolerances were fixed before any run."
+        )
+        parts += ["## Classes", class_table(source, about)]
+    if (source / "compare.md").exists():
+        parts += ["## KNN, SVM, NephNet2D and PosterCNN", content("compare.md")]
+    drawn = [name for name in FIGURES if (source / "figures" / f"{name}.png").exists()]
+    parts += ["## Figures"] * bool(drawn)
+    parts += [f"{FIGURES[name]}:\n\n![{name}](figures/{name}.png)" for name in drawn]
+    parts.append("## Deviations from the poster")
+    parts.append("\n".join(f"- {line}" for line in deviations(record, trained)))
+    parts += ["## Provenance", metrics.markdown_table(("what", ""), provenance(record, trained))]
+    write_text(target / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def what_was_run(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
+    """Tell of data, search and training in a line each."""
+    about, settings = record["data"], trained["settings"]
+    sizes = " / ".join(f"{size:,}" for size in about["sizes"])
+    shape = "x".join(map(str, about["shape"][1:]))
+    lines = [
+        f"Data: {about['name']}, {about['shape'][0]:,} images of {shape} pixels in "
+        f"{len(about['class_names'])} classes; {about['split']} split, {sizes} train / validation "
+        "/ test."
+    ]
+    if "result" in record.get("tune", {}):
+        flows = [[f"{n}@{r}" for n, r in rungs] for rungs in record["tune"]["settings"]["schedule"]]
+        lines.append(
+            f"Search: {'; '.join(' -> '.join(flow) for flow in flows)} (configurations@epochs), "
+            f"{record['tune']['result']['trials']} trials, "
+            f"{record['tune']['result']['failed']} of them failed."
+        )
+    epochs = settings["hyperparameters"]["epochs"]
+    network = settings["network"]["network"]
+    lines.append(f"Training: {network}, {epochs} epochs; the last one's weights are tested.")
+    return lines
+
+
+def class_table(source: Path, about: dict[str, Any]) -> str:
+    """Put per_class.csv and roc/auc.csv side by side, and the poster's AUC where comparable."""
+    rows = []
+    for k, (figures, area) in enumerate(
+        zip(
+            metrics.read_csv(source / "per_class.csv", metrics.PER_CLASS_HEADER),
+            metrics.read_csv(source / "roc" / "auc.csv", metrics.AUC_HEADER),
+            strict=True,
+        )
+    ):
+        shown = [f"{float(cell):.4f}" for cell in (*figures[2:5], *area[2:5])]
+        poster = [f"{POSTER_AUC[k]:.4f}"] if comparable(about) else []
+        name = figures[1] if figures[1] in (str(k), f"class {k}") else f"{k}: {figures[1]}"
+        row = (name, figures[5], *shown[:4], f"{shown[4]} to {shown[5]}", *poster)
+        rows.append(row)
+    header = ["class", "test images", "precision", "recall", "F1", "AUC", "95 % interval of AUC"]
+    return metrics.markdown_table(header + ["poster's AUC"] * comparable(about), rows)
+
+
+def deviations(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
+    """List what differs from what the poster did."""
+    about, settings = record["data"], trained["settings"]
+    lines = [f"Images and split: {about['name']}, {about['split']} split, not the poster's."]
+    if about["md5"] == data.TISSUEMNIST.md5:
+        lines = [
+            "TissueMNIST instead of the authors' JPEG copy of the same images, "
+            + (
+                "200,000 of its 236,386, shuffled here."
+                if comparable(about)
+                else f"{about['split']} split instead of theirs."
+            )
+        ]
+    for name, value in settings["hyperparameters"].items():
+        if value != getattr(model.POSTER, name):
+            lines.append(f"{name} {value} instead of {getattr(model.POSTER, name)}.")
+    used = trained["environment"]["precision"]
+    mixed = "no mixed precision" if used == "fp32" else f"torch.autocast in {used}"
+    lines.append(f"Training with {mixed} on {trained['environment']['device']} instead of Apex.")
+    if "tune" in record and not record["tune"]["settings"]["retrain"]:
+        lines.append("Survivors of a rung of the search go on training instead of starting again.")
+    if "tune" in record:
+        lines.append("The search draws its images from training and validation images only.")
+    return lines
+
+
+def provenance(record: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Give the rows of the report's last table."""
+    about, where = record["data"], trained["environment"]
+    stages = {**record, "train": trained}
+    seconds = {name: stages.get(name, {}).get("result", {}).get("seconds") for name in OUTPUTS}
+    seeds = record.get("seeds", {}).get("settings", {}).get("seeds")
+    seed = about["split_seed"]
+    versions = ("python", "torch", "numpy", "scikit-learn", "platform")
+    return [
+        ("MD5 of the data", about["md5"]),
+        ("split", about["split"] + ("" if seed is None else f", seed {seed}")),
+        ("seed", trained["settings"]["seed"] if seeds is None else ", ".join(map(str, seeds))),
+        *trained["settings"]["hyperparameters"].items(),
+        *((name, where[name]) for name in versions),
+        ("device", f"{where['device']} {where['device_name']}, {where['threads']} threads"),
+        ("precision", f"{trained['settings']['precision']}: {where['precision']}"),
+        ("wall time", ", ".join(f"{k} {duration(v)}" for k, v in seconds.items() if v is not None)),
+        ("git commit", where["git_commit"]),
+    ]
+
+
+# ---------------------------------------------------------------------------- unlabelled images
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Apply a saved network to images without labels; write a CSV, complete or not at all."""
+    target, source = Path(arguments.output), Path(arguments.model)
+    if target.exists() and not arguments.overwrite:
+        raise RunError(f"{target} exists: choose another --output, or say --overwrite")
+    if not target.parent.is_dir():
+        raise RunError(f"{target.parent}: no such folder")
+    network = model.load_network(source)
+    ids, images = data.load_images(arguments.images)
+    progress = Progress("predict", len(images))
+    try:
+        logits = model.predict(
+            network,
+            images,
+            device=arguments.device,
+            on_batch=lambda done: progress(done, f"{done:,}/{len(images):,} images"),
+        ).numpy()
+    except ValueError as error:
+        raise RunError(f"{arguments.images}: {error}") from None
+    progress.close()
+    predicted = logits.argmax(1).tolist()
+    if arguments.submission:
+        if not all(name.isdecimal() for name in ids) or len({*map(int, ids)}) < len(ids):
+            raise RunError(f"{arguments.images}: --submission needs files named by integer ids")
+        rows = zip(map(int, ids), predicted, strict=True)
+        metrics.write_csv(target, ("Id", "Cell type"), rows)
+    else:
+        count = logits.shape[1]
+        names = [f"class {k}" for k in range(count)]
+        if (source.parent / "run.json").exists():  # a results folder
+            known = read_json(source.parent / "run.json")["data"]["class_names"]
+            names = known if len(known) == count else names
+        header = ("id", "predicted", "class_name", *(f"probability_{k}" for k in range(count)))
+        cells = zip(ids, predicted, metrics.softmax(logits).tolist(), strict=True)
+        metrics.write_csv(target, header, ((i, k, names[k], *shares) for i, k, shares in cells))
+    print(f"wrote {target}: {len(ids):,} images")
+
+
 # --------------------------------------------------------------------------------------- audit
 
 
@@ -829,7 +1411,7 @@ def audit_files(audit: Audit, folder: Path, record: dict[str, Any]) -> None:
 def audit_cells(audit: Audit, stored: Path, recomputed: Path) -> None:
     """Compare two text files cell by cell; name the first that differs."""
     if not stored.exists():
-        audit(f"{recomputed.name} follows from the predictions", "no such file", "", False)
+        audit(f"{recomputed.name} follows from the other files", "no such file", "", False)
         return
     tables = []
     for path in (stored, recomputed):
@@ -844,7 +1426,7 @@ def audit_cells(audit: Audit, stored: Path, recomputed: Path) -> None:
                 audit(f"{stored.name}, row {row}, column {name}", a, b)
                 return
     audit(
-        f"{stored.name} follows from the predictions", f"{len(tables[0])} rows", "all equal", True
+        f"{stored.name} follows from the other files", f"{len(tables[0])} rows", "all equal", True
     )
 
 
@@ -901,7 +1483,7 @@ def audit_training(audit: Audit, folder: Path, settings: dict[str, Any]) -> None
 
 def audit_model(audit: Audit, run: Run) -> None:
     """Check data and split against run.json, and the logits against model.pt and the images."""
-    for key in [key for key in run.data if key != "source"]:
+    for key in [key for key in run.data if key not in ("source", "test_source")]:
         stored, found = run.record["data"].get(key), run.data[key]
         shown = (textwrap.shorten(str(value), 60) for value in (stored, found))
         audit(f"data, {key}", *shown, stored == found)
@@ -962,15 +1544,33 @@ def verify(folder: Path, run: Run | None) -> bool:
                 audit("seeds.csv follows from the predictions", "readable", str(error), False)
             for path in sorted(Path(scratch).iterdir()):
                 audit_cells(audit, folder / path.name, path)
+    audit_texts(audit, folder, record)
     if (folder / "predictions.csv").exists():
         audit_predictions(audit, folder, record, run)
-    elif "result" not in record.get("seeds", {}):
+    elif not any("result" in record.get(stage, {}) for stage in ("seeds", "compare")):
         raise RunError(f"{folder} holds no predictions.csv to verify: run --stage test first")
     if audit.wrong:
         print(f"{audit.wrong} of {audit.checks} checks are WRONG in {folder}")
     else:
         print(f"all {audit.checks} checks ok in {folder}")
     return not audit.wrong
+
+
+def audit_texts(audit: Audit, folder: Path, record: dict[str, Any]) -> None:
+    """Write compare.md and report.md again from the other files, and compare."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for stage in ("compare", "report"):
+            if "result" not in record.get(stage, {}):
+                continue
+            try:
+                if stage == "compare":
+                    write_comparison(folder, Path(scratch), record["data"], record["compare"])
+                else:
+                    write_report(folder, Path(scratch), record)
+            except (OSError, KeyError, ValueError) as error:
+                audit(f"what {stage}.md follows from", "readable", str(error), False)
+                continue
+            audit_cells(audit, folder / f"{stage}.md", Path(scratch, f"{stage}.md"))
 
 
 def audit_predictions(audit: Audit, folder: Path, record: dict[str, Any], run: Run | None) -> None:
@@ -1013,6 +1613,18 @@ SETTINGS: dict[str, Callable[[Run], dict | None]] = {
     "train": training_settings,
     "test": lambda run: {"precision": "fp32"},
     "seeds": lambda run: {"seeds": run.arguments.seeds},
+    "compare": comparison_settings,
+    "figures": lambda run: {},
+    "report": lambda run: {},
+}
+WORK: dict[str, Callable[[Run], None]] = {
+    "tune": tune,
+    "train": train,
+    "test": test,
+    "seeds": aggregate,
+    "compare": compare,
+    "figures": draw,
+    "report": report,
 }
 
 
@@ -1046,8 +1658,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         'Based on CNN".',
     )
     add = parser.add_argument
-    add("--stage", choices=("all", *STAGES, "verify"), default="all", help="default: all four")
+    add(
+        "--stage",
+        choices=("all", *STAGES, "verify", "figures", "report", "compare", "predict"),
+        default="all",
+        help="default: all but the last two",
+    )
     add("--data", metavar="SOURCE", help=f"{data.SOURCES}; default: auto")
+    add("--test-data", metavar="FOLDER", help="test on this; 80/20 %% of the folder --data: train")
     add("--root", default="~/.medmnist", help="where downloads are kept; default: %(default)s")
     add("--split", choices=("poster", "official"), help="default: poster, 60/15/25 %% at random")
     add("--split-seed", type=at_least(0), metavar="N", help="default: 0")
@@ -1069,13 +1687,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--results", metavar="DIR", help="default: results/<data set>")
     add("--overwrite", action="store_true", help="replace another run in the results folder")
     add("--no-model", action="store_true", help="verify: look at predictions.csv alone")
+    add("--compare-max", type=at_least(10), default=10_000, metavar="N", help="training images")
+    add("--images", metavar="SOURCE", help="predict: FOLDER or FILE.npz")
+    add("--model", metavar="FILE", help="predict: a model.pt")
+    add("--output", metavar="FILE.csv", default="predicted.csv", help="default: %(default)s")
+    add("--submission", action="store_true", help="predict: columns Id,Cell type, as the authors'")
     add("--from", dest="origin", metavar="RUN.JSON", help="do that run again, beside it")
     arguments = parser.parse_args(argv)
     if arguments.seeds and len({*arguments.seeds}) < max(2, len(arguments.seeds)):
         parser.error("--seeds takes two or more different seeds; for one say --seed")
+    if arguments.test_data and (arguments.split or arguments.data is None):
+        parser.error("--test-data goes with --data FOLDER, and without --split")
+    if arguments.stage == "predict" and not (arguments.images and arguments.model):
+        parser.error("--stage predict needs --images FOLDER_OR_NPZ and --model FILE")
     if arguments.origin:
         given = {key for key, value in vars(arguments).items() if value != parser.get_default(key)}
-        if extra := given - {"origin", "data", "root", "device", "results", "overwrite"}:
+        if extra := given - {
+            "origin",
+            "data",
+            "test_data",
+            "root",
+            "device",
+            "results",
+            "overwrite",
+        }:
             option = min(extra).replace("_", "-")
             parser.error(f"--from takes its settings from the file: leave out --{option}")
         take_settings(arguments)
@@ -1090,9 +1725,11 @@ def take_settings(arguments: argparse.Namespace) -> None:
         raise RunError(f"{origin} holds no training to do again")
     about, trained = record["data"], record["train"]
     tuned = record.get("tune", {}).get("settings")
+    arguments.test_data = arguments.test_data or about.get("test_source")
     arguments.data = arguments.data or about["source"]
     arguments.md5 = about["md5"]
-    arguments.split, arguments.split_seed = about["split"], about["split_seed"]
+    arguments.split_seed = about["split_seed"]
+    arguments.split = None if about["split"] == "folders" else about["split"]
     arguments.hyperparameters, arguments.seed = str(origin), trained["settings"]["seed"]
     arguments.precision = trained["environment"]["precision"]
     arguments.results = arguments.results or f"{origin.resolve().parent}-again"
@@ -1113,17 +1750,25 @@ def load_images(arguments: argparse.Namespace) -> data.ImageData:
     """Load what ``--data`` names, or what the results folder at hand was made from."""
     source = arguments.data
     known = Path(arguments.results or ".") / "run.json"
-    if source is None and arguments.stage in ("test", "verify") and known.exists():
-        source = arguments.data = read_json(known)["data"]["source"]
+    if source is None and arguments.stage in LATER and known.exists():
+        about = read_json(known)["data"]
+        source = arguments.data = about["source"]
+        arguments.test_data = about.get("test_source")
     progress = Progress("data", 1)
 
-    def on_bytes(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         progress.total = total
-        progress(done, f"{done / 1e6:.0f} of {total / 1e6:.0f} million bytes")
+        shown = f"{done / 1e6:.0f} of {total / 1e6:.0f} million bytes"
+        if source and Path(source).is_dir():
+            shown = f"{done:,} of {total:,} images decoded"
+        progress(done, shown, step=done == total)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", data.DigitsFallbackWarning)
-        images = data.load(source or "auto", arguments.root, progress=on_bytes)
+        if arguments.test_data:
+            images = data.load_folders(source, arguments.test_data, arguments.root, show)
+        else:
+            images = data.load(source or "auto", arguments.root, progress=show)
     progress.close()
     for warning in caught:
         print(f"NOTE: {warning.message}")
@@ -1175,6 +1820,11 @@ def run_stages(arguments: argparse.Namespace) -> int:
         model.resolve_device(arguments.device)
     except ValueError as error:
         raise RunError(str(error)) from None
+    if arguments.stage == "predict":
+        predict(arguments)
+        return 0
+    if arguments.stage == "figures" and not drawable():
+        raise RunError(NO_MATPLOTLIB)
     if arguments.hyperparameters != "tuned":  # before gigabytes are read, not after
         chosen_hyperparameters(arguments, Path())
     images = load_images(arguments)
@@ -1182,7 +1832,12 @@ def run_stages(arguments: argparse.Namespace) -> int:
     run = Run(arguments, images, folder, folder / "best.json")
     if not comparable(run.data):
         print(NOT_COMPARABLE)
-    stages = STAGES if arguments.stage == "all" else tuple(arguments.stage.split())
+    stages = named = STAGES if arguments.stage == "all" else tuple(arguments.stage.split())
+    drawn = ()  # what shows the results of these stages, or showed those of an earlier command
+    if arguments.stage == "all" or named[0] in ("compare", "figures"):
+        drawn = [s for s in ("figures", "report") if arguments.stage == "all" or run.finished(s)]
+        drawn = tuple(s for s in drawn if s not in named and (s != "figures" or drawable()))
+    stages = (*named, *drawn)
     if "train" in stages and "tune" not in stages and training_settings(run) is None:
         raise RunError(f"no {run.best} to take tuned hyperparameters from: run --stage tune first")
     seeds = [seed_run(run, seed) for seed in arguments.seeds or []]
@@ -1195,16 +1850,19 @@ def run_stages(arguments: argparse.Namespace) -> int:
         work = [(run, stages)]
         if seeds:
             seeds = [seed_run(run, seed) for seed in arguments.seeds]
-            once, each = ("tune",), tuple(stage for stage in stages if stage != "tune")
-            work = [(run, once)] if "tune" in stages else []
+            each = tuple(stage for stage in stages if stage != "tune")
+            work = [(run, ("tune",))] if "tune" in stages else []
             work += [(one, each) for one in seeds if each]
-            work += [(run, ("seeds",))] if "test" in stages else []
+            work += [(run, ("seeds", *drawn))] if "test" in stages else []
         carry_out(work)
         ok = arguments.stage != "all" or verify_all(folder, run)
-    if "test" in stages:
-        print("\n" + (folder / ("seeds.md" if seeds else "table.md")).read_text(encoding="utf-8"))
+    table = {"compare": "compare.md"}.get(named[0], "seeds.md" if seeds else "table.md")
+    if "test" in stages or table == "compare.md":
+        print("\n" + (folder / table).read_text(encoding="utf-8"))
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         print(f"file       {path}")
+    if arguments.stage == "all" and not drawable():
+        print(NO_MATPLOTLIB)
     if arguments.origin:
         pair = [folder / "predictions.csv", Path(arguments.origin).parent / "predictions.csv"]
         if all(path.exists() for path in pair):
@@ -1235,7 +1893,7 @@ def carry_out(work: Sequence[tuple[Run, Sequence[str]]]) -> None:
                 (run.folder / "training.pt").unlink(missing_ok=True)  # after a kill at the very end
                 print(f"{stage:<10} done already")
             else:
-                {"tune": tune, "train": train, "test": test, "seeds": aggregate}[stage](run)
+                WORK[stage](run)
 
 
 def verify_stage(arguments: argparse.Namespace) -> bool:

@@ -859,6 +859,40 @@ def test_folder_without_a_place_for_the_cache(folder, tmp_path):
     assert data.load(folder, tmp_path / "file").labels.tolist() == [0, 0, 1, 1]
 
 
+def test_folders_split_is_80_20_of_the_first_and_all_of_the_second():
+    n, m = 150_000, 50_000
+    index = np.arange(n + m)
+    official = {"train": index[:n], "valid": index[:0], "test": index[n:]}
+    image_data = data.ImageData(None, None, (), "", "", "", official)
+    split = data.folders_split(image_data, seed=3)
+    assert [len(part) for part in split] == [120_000, 30_000, 50_000]
+    order = legacy_permutation(n, 3)
+    assert split.train.tolist() == order[:120_000]
+    assert split.valid.tolist() == order[120_000:]
+    assert split.test.tolist() == list(range(n, n + m))
+
+
+def test_two_folders(folder, root, tmp_path):
+    second = shutil.copytree(folder, tmp_path / "second")
+    table(folder, {3: 0, 7: 2, 12: 1, 100: 2})
+    table(second, {3: 1, 7: 0, 12: 0, 100: 1})  # no image of class 2, which the first folder has
+    shown = []
+    loaded = data.load_folders(folder, second, root, lambda *of: shown.append(of))
+    one = data.load(folder, root)
+    assert loaded.labels.tolist() == [0, 2, 1, 2, 1, 0, 0, 1]
+    np.testing.assert_array_equal(loaded.images, np.concatenate([one.images] * 2))
+    content = loaded.images.tobytes() + loaded.labels.astype("<i8").tobytes()
+    assert loaded.md5 == hashlib.md5(content).hexdigest()
+    parts = {name: index.tolist() for name, index in loaded.official.items()}
+    assert parts == {"train": [0, 1, 2, 3], "valid": [], "test": [4, 5, 6, 7]}
+    assert shown[-1] == (4, 4)
+    table(second, {3: 1, 7: 0, 12: 4, 100: 1})
+    with pytest.raises(data.DataError, match=r"labels of 0..4 have no image.*: 3"):
+        data.load_folders(folder, second, root)
+    with pytest.raises(data.DataError, match="gone: no such folder"):
+        data.load_folders(folder, tmp_path / "gone", root)
+
+
 def remove(name):
     return lambda folder: (folder / "images" / name).unlink()
 

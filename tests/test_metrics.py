@@ -693,11 +693,11 @@ def test_draw_roc(tmp_path, matplotlib, num_classes):
     plain = check_picture(tmp_path / "plain", lambda stem: metrics.draw_roc(*files, stem))
     reference = [0.87, *[math.nan] * (num_classes - 1)]
     texts = check_picture(
-        tmp_path / "roc", lambda stem: metrics.draw_roc(*files, stem, reference_auc=reference)
+        tmp_path / "roc", lambda stem: metrics.draw_roc(*files, stem, reference, "poster")
     )
     assert not any("reference" in text for text in plain)
-    assert sum("reference" in text for text in texts) == 1
-    assert any("reference 0.87" in text for text in texts)
+    assert sum("poster" in text for text in texts) == 1
+    assert any("poster 0.870" in text for text in texts)
     assert texts.count("AUC undefined") == (num_classes > 2)
     for k, area in enumerate(aucs):
         assert f"{k}: ${k} of <many>$" in texts

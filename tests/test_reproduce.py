@@ -1,10 +1,13 @@
 """The chain, its command line, and what it promises of the results folder."""
 
 import csv
+import dataclasses
+import importlib.util
 import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -17,6 +20,8 @@ import numpy as np
 import pytest
 from kill import contents, write_tiny
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
 
 import data
 import hyperband
@@ -33,9 +38,13 @@ QUICK = ["--epochs", "3", "--schedule", "hyperband", "--max-resource", "3"]
 # What ../shared/DESIGN.md and the README list, for three classes.
 FILES = {
     *("run.json", "tuning.jsonl", "best.json", "history.csv", "model.pt", "predictions.csv"),
-    *("table.csv", "table.md", "per_class.csv", "confusion.csv", "roc/auc.csv"),
+    *("table.csv", "table.md", "per_class.csv", "confusion.csv", "roc/auc.csv", "report.md"),
     *(f"roc/class_{k}.csv" for k in range(3)),
 }
+DRAWN = ("class_ratios", "confusion", "roc", "history", "search", "samples")
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+PICTURES = {f"figures/{name}.{kind}" for name in DRAWN for kind in ("png", "svg")}
+PICTURES = PICTURES if HAS_MATPLOTLIB else set()
 
 
 def files_in(folder: Path) -> set[str]:
@@ -90,7 +99,7 @@ def refused(capsys, *words) -> str:
 
 
 def test_all_leaves_every_file_and_no_other(finished):
-    assert files_in(finished) == FILES
+    assert files_in(finished) == FILES | PICTURES
 
 
 def test_output_starts_and_ends_by_saying_that_this_is_not_the_posters_data(finished):
@@ -246,6 +255,15 @@ BAD = {
     "no file": (["--hyperparameters", "none.json"], "cannot read none.json"),
     "untrained": (["--stage", "test"], "run --stage train first"),
     "from": (["--from", "none/run.json"], "cannot read none/run.json"),
+    "test data of digits": (["--data", "digits", "--test-data", "x"], "digits: no such folder"),
+    "test data and split": (
+        ["--data", "x", "--test-data", "x", "--split", "poster"],
+        "--test-data goes with --data FOLDER, and without --split",
+    ),
+    "no folder": (["--data", "none", "--test-data", "nor"], "none: no such folder"),
+    "nothing to predict": (["--stage", "predict"], "--images FOLDER_OR_NPZ and --model FILE"),
+    "compare max": (["--stage", "compare", "--compare-max", "9"], "no whole number from 10 up"),
+    "too few": (["--stage", "compare", "--data", "few.npz"], "too few to compare on"),
     "from and seed": (["--from", "run.json", "--seed", "1"], "leave out --seed"),
 }
 
@@ -255,6 +273,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
     words, message, tiny, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    if "few.npz" in words:
+        write_tiny(tmp_path / "few.npz", parts=(4, 3, 3))
     given = [] if "--data" in words or "--from" in words else ["--data", str(tiny)]
     try:
         status = reproduce.main([*words, *given])
@@ -263,7 +283,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (2, 1), error
     assert message in error
-    assert not list(tmp_path.iterdir())
+    assert files_in(tmp_path) <= {"few.npz"}
 
 
 @pytest.mark.parametrize(
@@ -596,11 +616,10 @@ def test_interrupted_seeds_go_on(tiny, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run(*words, tmp_path / "cut")
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.endswith("done already")] == [
-        "tune       done already",
-        "train      done already",
-        "test       done already",
-    ]
+    done = [line.split()[0] for line in lines if line.endswith("done already")]
+    assert done[:3] == ["tune", "train", "test"]  # and with matplotlib the first seed's figures
+    assert {*done} <= {"tune", "train", "test", "figures", "report"}
+    assert done.count("train") == 1
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -661,7 +680,8 @@ def test_located_byte():
 # ----------------------------------------------------------------------- seeds, and once more
 
 
-def test_seeds(tiny, tmp_path, capsys):
+def test_seeds(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "drawable", lambda: False)
     folder = tmp_path / "r"
     words = ["--data", tiny, "--results", folder, *QUICK, "--epochs", 20]
     run(*words, "--seeds", 3, 5, 8)
@@ -672,6 +692,7 @@ def test_seeds(tiny, tmp_path, capsys):
         read = metrics.read_predictions(folder / f"seed-{seed}" / "predictions.csv")
         accuracies.append(accuracy_score(read.labels, read.predicted))
     assert len(set(accuracies)) > 1, "the seeds change nothing"
+    assert (folder / "seeds.md").read_text().strip() in (folder / "report.md").read_text()
     row = rows_of(folder / "seeds.csv")[0]
     a, b, c = accuracies
     apart = [abs(a - b), abs(a - c), abs(b - c)]
@@ -772,6 +793,324 @@ def test_without_network_the_digits_stand_in_and_say_so(tmp_path, monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     assert "digits stand in for TissueMNIST" in lines[0]
     assert lines[-1] == reproduce.NOT_COMPARABLE
+
+
+# ----------------------------------------------------------------------- figures and the report
+
+
+def linked(folder: Path) -> set[str]:
+    return set(re.findall(r"\]\(([^)]+)\)", (folder / "report.md").read_text()))
+
+
+def test_report_tells_what_was_run_and_links_what_is_there(finished):
+    text = (finished / "report.md").read_text()
+    record = json.loads((finished / "run.json").read_text())
+    assert linked(finished) == {name for name in PICTURES if name.endswith("png")}
+    assert reproduce.NOT_COMPARABLE in text
+    assert (finished / "table.md").read_text().split("\n\n", 1)[1].strip() in text
+    for fact in (record["data"]["md5"], "52 / 14 / 22", "0.025", "epochs 3 instead of 100"):
+        assert fact in text
+    for row in rows_of(finished / "per_class.csv"):
+        assert re.search(rf"\| class {row['class']} *\| +{row['support']} ", text)
+    assert "poster's AUC" not in text
+
+
+def test_a_forged_report_is_found(finished, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "r"))
+    path = folder / "report.md"
+    path.write_text(path.read_text().replace("0.025", "0.026"))
+    record = reproduce.read_json(folder / "run.json")
+    record["report"]["files"]["report.md"] = reproduce.fingerprint(path.read_bytes())
+    reproduce.write_json(folder / "run.json", record)
+    run("--stage", "verify", "--no-model", "--results", folder, expect=1)
+    assert "WRONG  report.md, row" in capsys.readouterr().out
+
+
+def test_report_beside_the_posters_figures_where_comparable(finished, tmp_path):
+    """Where data and split are the poster's, its AUC stands in a column; else it never does."""
+    record = reproduce.read_json(finished / "run.json")
+    record["data"] |= {"md5": data.TISSUEMNIST.md5, "name": "tissuemnist"}
+    reproduce.write_report(finished, tmp_path, record)
+    text = (tmp_path / "report.md").read_text()
+    assert re.search(r"\| class 1 .* 0.7602 \|", text)
+    assert "200,000 of its 236,386" in text
+    assert reproduce.NOT_COMPARABLE not in text
+
+
+def test_figures_drawn_later_are_the_same_and_verified(copied, tiny, capsys):
+    pytest.importorskip("matplotlib")
+    before = contents(copied)
+    run("--stage", "figures", "--results", copied)
+    after = contents(copied)
+    assert {n for n in before if before[n] != after[n]} <= {"run.json"}
+    assert set(before) == set(after)
+    (copied / "figures" / "roc.svg").write_text("<svg/>")
+    run("--stage", "verify", "--no-model", "--results", copied, expect=1)
+    assert "WRONG  figures/roc.svg" in capsys.readouterr().out
+
+
+def test_without_matplotlib_one_line_says_so(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    quick = ["--epochs", 1, "--schedule", "hyperband", "--max-resource", 1]
+    run("--data", tiny, "--results", tmp_path / "r", *quick)
+    assert capsys.readouterr().out.count(reproduce.NO_MATPLOTLIB) == 1
+    assert files_in(tmp_path / "r") == FILES
+    assert not linked(tmp_path / "r")
+    line = refused(capsys, "--stage", "figures", "--results", tmp_path / "r")
+    assert reproduce.NO_MATPLOTLIB in line
+    assert files_in(tmp_path / "r") == FILES
+
+
+def test_no_table_to_report(tiny, tmp_path, capsys):
+    words = ["--data", tiny, "--results", tmp_path / "r"]
+    run("--stage", "train", *words, "--epochs", 1)
+    assert "holds no table to report" in refused(capsys, "--stage", "report", *words)
+
+
+# ------------------------------------------------------------------------ the authors' own format
+
+
+def write_folder(folder: Path, images, labels, width=6, kind="png", **options) -> Path:
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir(parents=True)
+    for i, pixels in enumerate(images):
+        image.fromarray(pixels).save(folder / f"{i:0{width}d}.{kind}", **options)
+    rows = "".join(f"{i},{label}\n" for i, label in enumerate(labels))
+    (folder / "labels.csv").write_text(f"Id,Cell type\n{rows}")
+    return folder
+
+
+def test_a_folder_gives_what_the_npz_gives(tmp_path, capsys):
+    digits = data.load("digits")
+    images, labels = digits.images[:300], digits.labels[:300]
+    parts = {"train": slice(0, 150), "val": slice(150, 200), "test": slice(200, 300)}
+    arrays = {f"{p}_images": images[rows] for p, rows in parts.items()}
+    arrays |= {f"{p}_labels": labels[rows] for p, rows in parts.items()}
+    np.savez(tmp_path / "same.npz", **arrays)
+    pngs = write_folder(tmp_path / "same", images, labels)
+    (tmp_path / "h.json").write_text('{"batch_size": 16}')
+    for source, results in ((tmp_path / "same.npz", "npz"), (pngs, "png")):
+        words = ["--data", source, "--results", tmp_path / results, "--root", tmp_path / "root"]
+        words += ["--hyperparameters", tmp_path / "h.json", "--epochs", 5]
+        run("--stage", "train", *words)
+        run("--stage", "test", *words)
+    for name in ("table.csv", "table.md", "predictions.csv", "roc/auc.csv"):
+        a, b = (tmp_path / results / name for results in ("npz", "png"))
+        assert a.read_bytes() == b.read_bytes(), name
+    assert "300 of 300 images decoded" in capsys.readouterr().out
+    jpegs = write_folder(tmp_path / "jpeg", images, labels, width=5, kind="jpg", quality=90)
+    accuracies = []
+    for source in (pngs, jpegs):
+        output = tmp_path / f"{source.name}.csv"
+        words = ["--stage", "predict", "--images", source, "--output", output]
+        run(*words, "--model", tmp_path / "png" / "model.pt")
+        predicted = [int(row["predicted"]) for row in rows_of(output)]
+        accuracies.append(accuracy_score(labels, predicted))
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)
+
+
+def test_two_folders(tmp_path, capsys):
+    rng = np.random.RandomState(0)
+    images, labels = rng.randint(0, 256, (40, 8, 8)).astype(np.uint8), np.arange(40) % 3
+    labels[30:] = np.arange(10) % 2  # a class that the second folder lacks
+    first = write_folder(tmp_path / "train", images[:30], labels[:30])
+    second = write_folder(tmp_path / "test", images[30:], labels[30:], width=5)
+    words = ["--data", first, "--test-data", second, "--root", tmp_path / "root"]
+    run("--stage", "train", *words, "--results", tmp_path / "r", "--epochs", 1)
+    assert "30 of 30 images decoded" in capsys.readouterr().out
+    run("--stage", "test", "--results", tmp_path / "r", "--root", tmp_path / "root")
+    about = json.loads((tmp_path / "r" / "run.json").read_text())["data"]
+    assert (about["split"], about["sizes"]) == ("folders", [24, 6, 10])
+    read = metrics.read_predictions(tmp_path / "r" / "predictions.csv")
+    assert read.ids.tolist() == list(range(30, 40))
+    assert read.labels.tolist() == labels[30:].tolist()
+    run("--from", tmp_path / "r" / "run.json", "--results", tmp_path / "again")
+    assert "are identical" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- unlabelled images
+
+
+@pytest.fixture
+def unlabelled(tmp_path) -> Path:
+    path = tmp_path / "unlabelled.npz"
+    images = np.random.RandomState(1).randint(0, 256, (5, 8, 8)).astype(np.uint8)
+    np.savez(path, images=images)
+    return path
+
+
+def test_predict(finished, unlabelled, tmp_path, capsys):
+    words = ["--stage", "predict", "--images", unlabelled, "--model", finished / "model.pt"]
+    words += ["--output", tmp_path / "p.csv"]
+    run(*words)
+    images = np.load(unlabelled)["images"]
+    logits = model.predict(model.load_network(finished / "model.pt"), images)
+    shares = model.torch.softmax(logits.double(), 1).numpy()
+    rows = rows_of(tmp_path / "p.csv")
+    assert [row["id"] for row in rows] == list("01234")
+    assert [int(row["predicted"]) for row in rows] == shares.argmax(1).tolist()
+    assert [row["class_name"] for row in rows] == [f"class {k}" for k in shares.argmax(1)]
+    found = [[float(row[f"probability_{k}"]) for k in range(3)] for row in rows]
+    np.testing.assert_allclose(found, shares, rtol=1e-12)
+    assert "exists: choose another --output, or say --overwrite" in refused(capsys, *words)
+    run(*words, "--overwrite", "--submission")
+    text = "".join(f"{i},{k}\n" for i, k in enumerate(shares.argmax(1)))
+    assert (tmp_path / "p.csv").read_text() == f"Id,Cell type\n{text}"
+
+
+def test_predict_knows_the_class_names_of_a_results_folder(copied, unlabelled, tmp_path):
+    record = reproduce.read_json(copied / "run.json")
+    record["data"]["class_names"] = ["red", "green", "blue"]
+    reproduce.write_json(copied / "run.json", record)
+    words = ["--images", unlabelled, "--model", copied / "model.pt", "--output", tmp_path / "p.csv"]
+    run("--stage", "predict", *words)
+    for row in rows_of(tmp_path / "p.csv"):
+        assert row["class_name"] == ["red", "green", "blue"][int(row["predicted"])]
+
+
+def test_predict_refuses_what_does_not_fit(finished, unlabelled, tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name, shape in (("large", (5, 28, 28)), ("colour", (5, 8, 8, 3))):
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros(shape, np.uint8))
+    trained, output = finished / "model.pt", folder / "p.csv"
+    for images, network, place, message in (
+        (tmp_path / "large.npz", trained, output, "takes uint8 images (N, 8, 8)"),
+        (tmp_path / "colour.npz", trained, output, "takes uint8 images (N, 8, 8, 1)"),
+        (tmp_path / "none.npz", trained, output, "no such file"),
+        (unlabelled, tmp_path / "none.pt", output, "cannot read"),
+        (unlabelled, finished / "table.csv", output, "is damaged or no checkpoint"),
+        (unlabelled, trained, folder / "none" / "p.csv", "no such folder"),
+    ):
+        words = ["--images", images, "--model", network, "--output", place]
+        assert message in refused(capsys, "--stage", "predict", *words)
+        assert not list(folder.iterdir())
+
+
+def test_submission_needs_integer_ids(finished, tmp_path, capsys):
+    folder = write_folder(tmp_path / "f", np.zeros((2, 8, 8), np.uint8), [0, 1])
+    (folder / "000001.png").rename(folder / "kidney.png")
+    words = ["--images", folder, "--model", finished / "model.pt", "--output", tmp_path / "p.csv"]
+    line = refused(capsys, "--stage", "predict", *words, "--submission")
+    assert "needs files named by integer ids" in line
+    assert not (tmp_path / "p.csv").exists()
+
+
+# ---------------------------------------------------------------- the poster's other systems
+
+
+def compare_here(monkeypatch, stop_after=None) -> list:
+    """Measure in this process; return the list of the jobs that will have been measured."""
+    jobs = []
+
+    def here(job, tell):
+        if len(jobs) == stop_after:
+            raise KeyboardInterrupt
+        jobs.append((job.system, len(job.train[0])))
+        return reproduce.measure(job, tell)
+
+    monkeypatch.setattr(reproduce, "in_own_process", here)
+    return jobs
+
+
+def test_compare_goes_on_and_says_what_scikit_learn_says(tiny, tmp_path, capsys, monkeypatch):
+    words = ["--stage", "compare", "--data", tiny, "--results", tmp_path / "r", "--epochs", 1]
+    jobs = compare_here(monkeypatch, stop_after=7)
+    run(*words, expect=130)
+    assert len(jobs) == 7
+    assert files_in(tmp_path / "r") == {"run.json", "compare.jsonl"}
+    jobs = compare_here(monkeypatch)
+    run(*words)
+    sizes = [10, 20, 52]
+    assert len(jobs) == 15 - 7
+    files = {"run.json", "compare.csv", "compare.md", "scaling.csv"}
+    assert files_in(tmp_path / "r") == files
+    scaling = rows_of(tmp_path / "r" / "scaling.csv")
+    assert [(row["system"], int(row["images"])) for row in scaling] == [
+        (system, size) for system in reproduce.SYSTEMS for size in sizes
+    ]
+    assert all(float(row[key]) > 0 for row in scaling for key in metrics.SCALING_HEADER[2:])
+
+    images = data.load(tiny)
+    split = data.poster_split(len(images.labels))
+    flat = images.images.reshape(len(images.labels), -1) / np.float32(255)
+    rows = {row["system"]: row for row in rows_of(tmp_path / "r" / "compare.csv")}
+    for system, classifier in (("SVM (RBF)", SVC()), ("KNN", KNeighborsClassifier())):
+        classifier.fit(flat[split.train], images.labels[split.train])
+        truth, predicted = images.labels[split.test], classifier.predict(flat[split.test])
+        assert float(rows[system]["accuracy"]) == pytest.approx(accuracy_score(truth, predicted))
+        f1 = f1_score(truth, predicted, average="macro", zero_division=0)
+        assert float(rows[system]["f1"]) == pytest.approx(f1)
+    assert "n_neighbors=5" in rows["KNN"]["settings"]
+    assert "1 epochs" in rows["PosterCNN"]["settings"]
+    assert rows["NephNet2D"]["settings"].startswith("1,834,179 parameters")  # at 8x8, 3 classes
+    assert float(rows["KNN"]["model_mb"]) * 1e6 > 52 * 64 * 4  # it keeps the training images
+
+    run("--stage", "verify", "--results", tmp_path / "r")
+    path = tmp_path / "r" / "scaling.csv"
+    path.write_text(path.read_text().replace("PosterCNN,52,", "PosterCNN,52,9"))
+    capsys.readouterr()
+    run("--stage", "verify", "--no-model", "--results", tmp_path / "r", expect=1)
+    assert "WRONG  compare.md" in capsys.readouterr().out
+
+
+def test_a_process_of_its_own_measures_what_is_allocated_there():
+    rng = np.random.RandomState(0)
+    images, labels = rng.randint(0, 256, (3000, 28, 28)).astype(np.uint8), np.arange(3000) % 3
+    job = reproduce.Job(
+        "KNN",
+        (images, labels),
+        (images[:1], labels[:1]),
+        (images[:50], labels[:50]),
+        {"num_classes": 3},
+        model.POSTER,
+        {"seed": 0},
+    )
+    row = reproduce.in_own_process(job, lambda share: None)
+    floats = images.size * 4 / 1e6
+    assert floats < row["peak_memory_mb"] < 30 * floats
+    assert row["accuracy"] < 1
+    bad = dataclasses.replace(job, train=(images, labels * 0), system="SVM (RBF)")
+    with pytest.raises(reproduce.RunError, match=r"SVM \(RBF\) on 3,000 images: The number of cl"):
+        reproduce.in_own_process(bad, lambda share: None)
+
+
+def test_sizes_of_the_comparison():
+    assert reproduce.comparison_sizes(10_000) == [1000, 2000, 5000, 10_000]
+    assert reproduce.comparison_sizes(35_372) == [1000, 2000, 5000, 10_000, 20_000, 35_372]
+    assert reproduce.comparison_sizes(1078) == [100, 200, 500, 1078]
+    assert reproduce.comparison_sizes(12) == [12]
+
+
+def measured(powers, factor) -> tuple[dict, dict]:
+    """Make up rows of compare.csv, and the exponents of them."""
+    columns = metrics.SCALING_HEADER[2:]
+    rows = {
+        system: {"model_mb": "1", **dict.fromkeys(columns, str(factor.get(system, 1)))}
+        for system in reproduce.SYSTEMS
+    }
+    return rows, {system: [powers.get(system, 0.5)] * 3 for system in reproduce.SYSTEMS}
+
+
+def test_growth_is_the_exponent_of_a_power_law():
+    rows = [
+        {"system": system, "images": str(n), "train_seconds": str(a * n**p)}
+        for system, a, p in (("KNN", 3e-3, 1.7), ("SVM (RBF)", 5, -0.25))
+        for n in (100, 200, 500, 3000)
+    ]
+    assert reproduce.growth(rows, "KNN", "train_seconds") == pytest.approx(1.7)
+    assert reproduce.growth(rows, "SVM (RBF)", "train_seconds") == pytest.approx(-0.25)
+    assert np.isnan(reproduce.growth(rows[:1], "KNN", "train_seconds"))
+
+
+def test_claims_follow_the_measurements():
+    knn, svm = reproduce.claims(*measured({"SVM (RBF)": 2.0}, {"KNN": 5}), 12_000)
+    assert "**holds here**" in knn
+    assert "**holds here**" in svm
+    assert "which makes 1m40s of the poster's 120,000" in svm  # 1 s * (120,000 / 12,000) ** 2
+    knn, svm = reproduce.claims(*measured({"SVM (RBF)": 0.9}, {"KNN": 0.5}), 12_000)
+    assert "**does not hold here**" in knn
+    assert "**does not hold here**" in svm
 
 
 # ------------------------------------------------------------------------- the committed results
