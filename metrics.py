@@ -1238,14 +1238,14 @@ def draw_scaling(scaling_csv: PathLike, stem: PathLike) -> None:
                     markersize=4,
                     label=system,
                 )
-            axes.set(xscale="log", yscale="log", xlabel="images", ylabel=label)
+            axes.set(xscale="log", yscale="log", xlabel="training images", ylabel=label)
             for axis in (axes.xaxis, axes.yaxis):
                 if np.ptp(np.log10(axis.get_view_interval())) < 2:
                     axis.get_major_locator().set_params(subs=(1, 2, 5))
                 axis.set_major_formatter("{x:,.10g}")
                 axis.set_minor_formatter("")
         handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=min(4, len(systems)))
+        figure.legend(*handles, loc="outside upper center", ncols=min(5, len(systems)))
 
 
 def draw_samples(
