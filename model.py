@@ -21,6 +21,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -233,7 +234,7 @@ def build(config: dict[str, Any], seed: int = 0) -> _Network:
     name = config.pop("network", "PosterCNN")
     if name not in NETWORKS:
         raise ValueError(f"no network named {name!r}; there are {', '.join(NETWORKS)}")
-    with torch.random.fork_rng(devices=[]):
+    with _RANDOM, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return NETWORKS[name](**config)
@@ -289,6 +290,17 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Compute with one thread on the CPU, so that results do not depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _as_input(images: Tensor) -> Tensor:
     """Turn uint8 (B, H, W) or (B, H, W, C) into float32 (B, C, H, W) in [0, 1]."""
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -296,9 +308,12 @@ def _as_input(images: Tensor) -> Tensor:
 
 
 def _as_tensor(values: Any) -> Tensor:
-    """Take a tensor as it is and copy anything else: PyTorch will not share a read-only array."""
+    """Share the memory of tensors and arrays, but of no read-only array: PyTorch cannot."""
     try:
-        return values if isinstance(values, Tensor) else torch.tensor(values)
+        shared = isinstance(values, Tensor) or getattr(
+            getattr(values, "flags", None), "writeable", False
+        )
+        return torch.as_tensor(values) if shared else torch.tensor(values)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"images or labels are no array: {_first_line(error)}") from None
 
@@ -521,11 +536,15 @@ def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContex
     return torch.autocast(device.type, dtype=_DTYPES[precision], cache_enabled=False)
 
 
+# Held while PyTorch's global random state is borrowed: threads would draw from each other's.
+_RANDOM = threading.Lock()
+
+
 @contextlib.contextmanager
 def _seeded(seed: int, epoch: int, device: torch.device):
     """Seed PyTorch from (seed, epoch), and put the global random state back afterwards."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _RANDOM, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
         yield
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::sklearn.exceptions.UndefinedMetricWarning", "ignore:precision is undefined"
 )
 HERE = Path(reproduce.__file__).parent
-QUICK = ["--epochs", "3", "--schedule", "hyperband", "--max-resource", "3"]
+QUICK = ["--epochs", "3", "--schedule", "hyperband", "--max-resource", "3", "--workers", "1"]
 # What ../shared/DESIGN.md and the README list, for three classes.
 FILES = {
     *("run.json", "tuning.jsonl", "best.json", "history.csv", "model.pt", "predictions.csv"),
