@@ -472,6 +472,7 @@ class Objective:
                 seed=self.seed,
                 device=self.device,
                 precision=self.precision,
+                compile="off",  # a trial is too short for it
                 checkpoint=folder / "training.pt",
                 on_batch=self.on_batch,
             )
@@ -749,6 +750,7 @@ def training_settings(run: Run) -> dict[str, Any] | None:
         "hyperparameters": asdict(chosen),
         "seed": run.arguments.seed,
         "precision": run.arguments.precision,
+        "compile": run.arguments.compile,
     }
 
 
@@ -780,6 +782,7 @@ def train(run: Run) -> None:
         seed=arguments.seed,
         device=arguments.device,
         precision=arguments.precision,
+        compile=arguments.compile,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
         on_batch=lambda epoch, done: progress(epoch + done / n, last),
@@ -1199,6 +1202,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=at_least(0), nargs="+", metavar="N", help="train and test once a seed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; default: auto")
     add("--precision", choices=model.PRECISIONS, default="auto", help="default: auto")
+    add("--compile", choices=model.COMPILE, default="auto", help="training; default: auto")
     add("--schedule", choices=("poster", "hyperband"), default="poster", help="of the search")
     add("--max-resource", type=at_least(1), default=81, metavar="R", help="of hyperband: 81")
     add("--eta", type=at_least(2), default=3, metavar="ETA", help="of hyperband: 3")
@@ -1237,6 +1241,7 @@ def take_settings(arguments: argparse.Namespace) -> None:
     arguments.split, arguments.split_seed = about["split"], about["split_seed"]
     arguments.hyperparameters, arguments.seed = str(origin), trained["settings"]["seed"]
     arguments.precision = trained["environment"]["precision"]
+    arguments.compile = trained["settings"].get("compile", "off")
     arguments.results = arguments.results or f"{origin.parent}-again"
     arguments.stage = "all" if tuned else "train test"
     if tuned and tuned["schedule"] != [list(map(list, hyperband.POSTER_BRACKET))]:
