@@ -20,6 +20,7 @@ import multiprocessing
 import operator
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -1214,6 +1215,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-model", action="store_true", help="verify: look at predictions.csv alone")
     add("--from", dest="origin", metavar="RUN.JSON", help="do that run again, beside it")
     arguments = parser.parse_args(argv)
+    if arguments.dask and not re.fullmatch(r"\w+://.+:\d+", arguments.dask):
+        parser.error(f"--dask takes tcp://HOST:PORT, not {arguments.dask}")
     if arguments.workers and arguments.dask:
         parser.error("--workers starts processes here: leave it out with --dask")
     if arguments.seeds and len({*arguments.seeds}) < max(2, len(arguments.seeds)):
