@@ -31,14 +31,18 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 try:
     import data
@@ -94,7 +98,7 @@ TUNING_IMAGES = 10_000  # the poster's "subset of the whole dataset"
 STAGES = ("tune", "train", "test")
 # Patterns of the files that a stage writes, and so may remove.
 OUTPUTS = {
-    "tune": ("tuning.jsonl", "best.json", "trials/trial-*"),
+    "tune": ("tuning.jsonl", "best.json", "trials/trial-*", "trials/*.npy"),
     "train": ("training.pt", "model.pt", "history.csv"),
     "test": (
         "predictions.csv",
@@ -464,33 +468,190 @@ def environment(device: str, precision: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ tuning
 
 
+TUNING_ARRAYS = ("train_images", "train_labels", "valid_images", "valid_labels")
+
+
 @dataclass(frozen=True)
 class Objective:
-    """Validation loss of a configuration after `resource` epochs on the tuning images."""
+    """Validation loss of a configuration after `resource` epochs on the tuning images.
 
-    run: Run
-    train: tuple[Any, Any]
-    valid: tuple[Any, Any]
-    on_batch: Callable[[int, int], None]
+    Pickles small: the images are in files, which the workers of one machine map and so share.
+    """
+
+    network: dict[str, Any]
+    arrays: Path
+    seed: int
+    device: str
+    precision: str
+    on_batch: Callable[[int, int], None] | None = None
 
     def __call__(
         self, configuration: dict[str, Any], previous: int, resource: int, folder: Path
     ) -> float:
         """Train on from the checkpoint in `folder`, where there is one."""
         hyperparameters = replace(model.POSTER, **configuration, epochs=resource)
-        arguments = self.run.arguments
-        history = model.fit(
-            model.build(self.run.network_config(hyperparameters), arguments.seed),
-            *self.train,
-            *self.valid,
-            hyperparameters,
-            seed=arguments.seed,
-            device=arguments.device,
-            precision=arguments.precision,
-            checkpoint=folder / "training.pt",
-            on_batch=self.on_batch,
-        )
+        network = {**self.network, "num_features": hyperparameters.num_features}
+        # Copy on write: PyTorch shares no read-only array, and nothing writes to it.
+        arrays = [np.load(self.arrays / f"{name}.npy", mmap_mode="c") for name in TUNING_ARRAYS]
+
+        def fit() -> list[model.EpochRecord]:
+            return model.fit(
+                model.build(network, self.seed),
+                *arrays,
+                hyperparameters,
+                seed=self.seed,
+                device=self.device,
+                precision=self.precision,
+                compile="off",  # a trial is too short for it
+                checkpoint=folder / "training.pt",
+                on_batch=self.on_batch,
+            )
+
+        with held(folder / ".lock"), model.one_thread():
+            try:
+                history = fit()
+            except model.CheckpointError:  # damaged, and no fault of the configuration
+                (folder / "training.pt").unlink()
+                history = fit()
         return history[-1].valid_loss
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Wait until no other process holds `path`, and hold it.
+
+    A worker may outlive a killed search for a moment, or on a cluster until its trial is done; the
+    search that goes on must not write beside it.
+    """
+    with path.open("a") as file:
+        with contextlib.suppress(ImportError):  # not on Windows, as for `locked`
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def processes(count: int) -> Iterator[Callable[[], ProcessPoolExecutor]]:
+    """Give what starts `count` workers, which end with this process, and at once at Ctrl-C."""
+    interrupted = False
+
+    class Pool(ProcessPoolExecutor):
+        """Says at its end that Ctrl-C ended it, so that no trial takes the blame."""
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait, cancel_futures=cancel_futures)
+            if interrupted:
+                raise KeyboardInterrupt
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    def start() -> ProcessPoolExecutor:
+        if interrupted:
+            raise KeyboardInterrupt
+        pool = Pool(count, multiprocessing.get_context("spawn"), end_with_parent)
+        with unheard_interrupt():
+            for _ in range(count):
+                pool.submit(os.getpid)  # a process each, as none is idle yet
+        return pool
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:  # else it is somebody else's to decide what Ctrl-C does
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield start
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def unheard_interrupt() -> Iterator[None]:
+    """Put Ctrl-C off; a process that is started meanwhile never hears it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """End this worker process as soon as its parent is gone: its queue would wait forever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+class DaskExecutor(Executor):
+    """A Dask cluster; a trial whose workers died has failed, and the others go on.
+
+    Dask itself runs a trial again whose worker died, so often as its scheduler is told to.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            import distributed
+        except ImportError:
+            raise RunError(
+                "--dask needs distributed: pip install -r requirements-cluster.txt"
+            ) from None
+        try:
+            self.client = distributed.Client(address, timeout=10, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"no Dask scheduler at {address}: {reason}") from None
+        self.killed = distributed.KilledWorker
+        for module in (data, model, hyperband, metrics):  # the workers run this very code
+            self.client.upload_file(module.__file__)
+        self.client.upload_file(__file__)
+        self.executor = self.client.get_executor()
+
+    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
+        """Run a call on the cluster."""
+        outcome = Future()
+
+        def settle(done: Future) -> None:
+            if outcome.cancelled():
+                return
+            error = None if done.cancelled() else done.exception()
+            if done.cancelled():
+                error = ConnectionError("the Dask scheduler has gone; the same command goes on")
+            elif isinstance(error, self.killed):
+                error = BrokenExecutor(str(error))
+            if error:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(done.result())
+
+        self.executor.submit(function, *arguments, **options).add_done_callback(settle)
+        return outcome
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Leave the cluster; what it still runs for us is cancelled."""
+        self.client.close()
+
+
+def trial_executor(
+    arguments: argparse.Namespace,
+) -> contextlib.AbstractContextManager[Executor | Callable[[], Executor] | None]:
+    """Give what runs the trials: a Dask cluster, processes, or (None) this process."""
+    if arguments.dask:
+        return DaskExecutor(arguments.dask)
+    workers = count_workers(arguments)
+    return processes(workers) if workers > 1 else contextlib.nullcontext()
+
+
+def count_workers(arguments: argparse.Namespace) -> int:
+    """Say how many processes run trials: by default one a core, or one for a GPU."""
+    if arguments.workers or model.resolve_device(arguments.device).type != "cpu":
+        return arguments.workers or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def tuning_schedule(arguments: argparse.Namespace) -> list[list[hyperband.Rung]]:
@@ -539,18 +700,34 @@ def tune(run: Run) -> None:
         )
         progress(epochs, last, step=True)
 
-    result = hyperband.search(
-        Objective(
-            run, run.part(split.train), run.part(split.valid), lambda *_: progress(epochs, last)
-        ),
-        SPACE,
-        schedule,
+    trials = (run.folder / "trials").absolute()
+    trials.mkdir(exist_ok=True)
+    arrays = *run.part(split.train), *run.part(split.valid)
+    for name, array in zip(TUNING_ARRAYS, arrays, strict=True):
+        # Moved into place: a worker that outlives a killed search may have the old one mapped.
+        np.save(trials / f"{name}.tmp.npy", array)
+        (trials / f"{name}.tmp.npy").replace(trials / f"{name}.npy")
+    objective = Objective(
+        run.network_config(model.POSTER),
+        trials,
         arguments.seed,
-        log=run.folder / "tuning.jsonl",
-        folder=run.folder / "trials",
-        retrain=arguments.retrain,
-        on_trial=on_trial,
+        arguments.device,
+        arguments.precision,
     )
+    with trial_executor(arguments) as executor:
+        if executor is None:
+            objective = replace(objective, on_batch=lambda *_: progress(epochs, last))
+        result = hyperband.search(
+            objective,
+            SPACE,
+            schedule,
+            arguments.seed,
+            log=run.folder / "tuning.jsonl",
+            folder=trials,
+            retrain=arguments.retrain,
+            executor=executor,
+            on_trial=on_trial,
+        )
     progress.close()
     write_json(run.folder / "best.json", best_content(result.best))
     shutil.rmtree(run.folder / "trials", ignore_errors=True)
@@ -611,6 +788,7 @@ def training_settings(run: Run) -> dict[str, Any] | None:
         "tuned": run.arguments.hyperparameters == "tuned",
         "seed": run.arguments.seed,
         "precision": run.arguments.precision,
+        "compile": run.arguments.compile,
     }
 
 
@@ -643,6 +821,7 @@ def train(run: Run) -> None:
             seed=arguments.seed,
             device=arguments.device,
             precision=arguments.precision,
+            compile=arguments.compile,
             checkpoint=checkpoint,
             on_epoch=on_epoch,
             on_batch=lambda epoch, done: progress(epoch + done / n, last),
@@ -1680,10 +1859,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=at_least(0), nargs="+", metavar="N", help="train and test once a seed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; default: auto")
     add("--precision", choices=model.PRECISIONS, default="auto", help="default: auto")
+    add("--compile", choices=model.COMPILE, default="auto", help="training; default: auto")
     add("--schedule", choices=("poster", "hyperband"), default="poster", help="of the search")
     add("--max-resource", type=at_least(1), default=81, metavar="R", help="of hyperband: 81")
     add("--eta", type=at_least(2), default=3, metavar="ETA", help="of hyperband: 3")
     add("--retrain", action="store_true", help="search: start every rung again from scratch")
+    add("--workers", type=at_least(1), metavar="N", help="search: N processes; default: one a core")
+    add("--dask", metavar="tcp://HOST:PORT", help="search: on the Dask cluster of this scheduler")
     add("--results", metavar="DIR", help="default: results/<data set>")
     add("--overwrite", action="store_true", help="replace another run in the results folder")
     add("--no-model", action="store_true", help="verify: look at predictions.csv alone")
@@ -1694,6 +1876,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--submission", action="store_true", help="predict: columns Id,Cell type, as the authors'")
     add("--from", dest="origin", metavar="RUN.JSON", help="do that run again, beside it")
     arguments = parser.parse_args(argv)
+    if arguments.dask and not re.fullmatch(r"\w+://.+:\d+", arguments.dask):
+        parser.error(f"--dask takes tcp://HOST:PORT, not {arguments.dask}")
+    if arguments.workers and arguments.dask:
+        parser.error("--workers starts processes here: leave it out with --dask")
     if arguments.seeds and len({*arguments.seeds}) < max(2, len(arguments.seeds)):
         parser.error("--seeds takes two or more different seeds; for one say --seed")
     if arguments.test_data and (arguments.split or arguments.data is None):
@@ -1702,15 +1888,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stage predict needs --images FOLDER_OR_NPZ and --model FILE")
     if arguments.origin:
         given = {key for key, value in vars(arguments).items() if value != parser.get_default(key)}
-        if extra := given - {
-            "origin",
-            "data",
-            "test_data",
-            "root",
-            "device",
-            "results",
-            "overwrite",
-        }:
+        free = {"data", "test_data", "root", "device", "workers", "dask", "results", "overwrite"}
+        if extra := given - free - {"origin"}:
             option = min(extra).replace("_", "-")
             parser.error(f"--from takes its settings from the file: leave out --{option}")
         take_settings(arguments)
@@ -1732,6 +1911,7 @@ def take_settings(arguments: argparse.Namespace) -> None:
     arguments.split = None if about["split"] == "folders" else about["split"]
     arguments.hyperparameters, arguments.seed = str(origin), trained["settings"]["seed"]
     arguments.precision = trained["environment"]["precision"]
+    arguments.compile = trained["settings"].get("compile", "off")
     arguments.results = arguments.results or f"{origin.resolve().parent}-again"
     arguments.stage = "all" if tuned else "train test"
     if tuned and tuned["schedule"] != [list(map(list, hyperband.POSTER_BRACKET))]:
@@ -1795,7 +1975,8 @@ def print_plan(run: Run, stages: Sequence[str]) -> None:
         flow = "; ".join(" -> ".join(f"{n}@{r}" for n, r in rungs) for rungs in schedule)
         epochs = sum(hyperband.total_resource(rungs, arguments.retrain) for rungs in schedule)
         count = min(TUNING_IMAGES, len(run.split.train) + len(run.split.valid))
-        print(f"tune       {flow}: {epochs} epochs of {count * 8 // 10:,} images")
+        on = f"on {arguments.dask}" if arguments.dask else f"{count_workers(arguments)} at a time"
+        print(f"tune       {flow}: {epochs} epochs of {count * 8 // 10:,} images, trials {on}")
     if "train" in stages:
         chosen = chosen_hyperparameters(arguments, run.best)
         if chosen is None:

@@ -136,7 +136,7 @@ class SlowServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def check(kills: int, seed: int, say=print) -> int:
+def check(kills: int, seed: int, workers: int = 1, say=print) -> int:
     """Kill at least `kills` runs; return how many rounds ended with a difference."""
     rng = random.Random(seed)
     done = rounds = different = 0
@@ -152,7 +152,8 @@ def check(kills: int, seed: int, say=print) -> int:
 
         def command(folder: Path):
             words = ["--data", f"{scratch}/tiny.npz", "--results", str(folder), "--epochs", "12"]
-            return reproduce.main([*words, "--schedule", "hyperband", "--max-resource", "9"])
+            words += ["--schedule", "hyperband", "--max-resource", "9", "--workers", str(workers)]
+            return reproduce.main(words)
 
         started = time.monotonic()
         whole = Path(scratch, "whole")
@@ -210,5 +211,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes of the search")
     options = parser.parse_args()
-    sys.exit(check(options.kills, options.seed) > 0)
+    sys.exit(check(options.kills, options.seed, options.workers) > 0)

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 
@@ -466,7 +467,7 @@ def documented_order(seed, epoch, n):
 def test_training_is_sgd_written_out(monkeypatch, batch_size, changes):
     """Two epochs without torch.optim: v <- mv + g + dw, w <- w - lr (g + dw + mv)."""
     h = replace(
-        QUICK, batch_size=batch_size, dropout=0, learning_rate=0.1, weight_decay=0.05, momentum=0.7
+        QUICK, batch_size=batch_size, dropout=0, learning_rate=0.02, weight_decay=0.05, momentum=0.7
     )
     h = replace(h, **changes)
     network, oracle = tiny(dropout=0.0), tiny(dropout=0.0)
@@ -1187,3 +1188,130 @@ def test_command_line_bad_values(capsys, arguments):
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
     assert printed.err.startswith("model.py: error: ")
+
+
+# ----------------------------------------------------------------------------------- compiling
+
+
+def plainly_trained(network, x, y, hyperparameters, precision, seed, skipped=0):
+    """Train by the shortest loop there is: no compiler, no layout, no index slices, no helpers."""
+    steps = torch.optim.SGD(
+        network.train().parameters(),
+        lr=hyperparameters.learning_rate,
+        momentum=hyperparameters.momentum,
+        weight_decay=hyperparameters.weight_decay,
+        nesterov=True,
+        foreach=False,
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    for epoch in range(hyperparameters.epochs):
+        with torch.random.fork_rng():
+            digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            order = torch.randperm(len(x))
+            torch.rand(skipped)  # dropout draws after these
+            for batch in order.split(hyperparameters.batch_size):
+                planes = torch.stack([torch.tensor(x[i])[None].float() / 255 for i in batch])
+                enabled = precision != "fp32"
+                with torch.autocast("cpu", PRECISIONS[precision], enabled=enabled):
+                    loss = functional.cross_entropy(network(planes), torch.tensor(y)[batch])
+                steps.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(steps)
+                scaler.update()
+    return network
+
+
+def distance(a, b):
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return math.sqrt(sum((p - q).detach().double().square().sum() for p, q in pairs))
+
+
+# 50 steps, one of five on a smaller batch; at a higher rate rounding would grow from step to step.
+FIFTY = replace(QUICK, batch_size=16, epochs=10, learning_rate=0.002)
+
+
+def to_compare(n=72):
+    """Images whose upper half is brighter in class 1, and networks that start the same."""
+    x = images(n)
+    x[1::2, :4] //= 2
+    return x, labels(n), [tiny(network="NephNet2D", dropout=0.5) for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiler"), [*((p, "off") for p in PRECISIONS), ("fp32", "on"), ("bf16", "on")]
+)
+def test_the_fast_path_is_the_plain_loop(precision, compiler):
+    """The same weights after 50 steps, dropout on: to float32's rounding, or to the precision's.
+
+    What that is tells the plain loop, by how far it ends from itself in float32.
+    """
+    x, y, (start, fast, plain, exact) = to_compare()
+    options = {"device": "cpu", "precision": precision, "compile": compiler, "seed": 3}
+    model.fit(fast, x, y, x[:8], y[:8], FIFTY, **options)
+    plainly_trained(plain, x, y, FIFTY, precision, 3)
+    plainly_trained(exact, x, y, FIFTY, "fp32", 3)
+    limit = max(1e-4 * distance(exact, start), 2 * distance(plain, exact))
+    assert distance(fast, plain) < limit < 0.5 * distance(exact, start)
+    assert [*fast.state_dict()] == [*plain.state_dict()]
+
+
+def test_another_dropout_mask_would_show():
+    """The comparison above can fail."""
+    x, y, (start, one, other, _) = to_compare()
+    plainly_trained(one, x, y, FIFTY, "fp32", 3)
+    plainly_trained(other, x, y, FIFTY, "fp32", 3, skipped=100)
+    assert distance(one, other) > 0.25 * distance(one, start)
+
+
+def test_compiling_is_for_long_trainings(monkeypatch):
+    """By the whole training's work, so that a resumed one decides as before."""
+    decided = []
+    monkeypatch.setattr(model, "_compiled", lambda *_: decided.append(1))
+    macs = sum(row[3] for row in model.layer_table(tiny()))
+    for below, expected in ((1, 1), (0, 0)):
+        monkeypatch.setattr(model, "_COMPILE_FROM", macs * 9 * QUICK.epochs - below)
+        fit(tiny())
+        assert len(decided) == expected
+        decided.clear()
+    fit(tiny(), compile="on")
+    monkeypatch.setattr(model, "_COMPILE_FROM", 0)
+    fit(tiny(), compile="off")
+    assert decided == [1]
+    with pytest.raises(ValueError, match="no compile 'yes'; there are auto, on, off"):
+        fit(tiny(), compile="yes")
+
+
+def test_without_a_compiler_a_warning_says_so(monkeypatch):
+    """And training is what it is without compiling."""
+
+    def fails(*_, **options):
+        def step(*batch):
+            assert options["options"]["fallback_random"]
+            raise RuntimeError("no C++ compiler\nand more lines")
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", fails)
+    network, plain = tiny(), tiny()
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler\); training runs uncompiled$"):
+        fit(network, compile="on")
+    fit(plain, compile="off")
+    assert same(weights(network), weights(plain))
+
+
+def test_compiled_and_plain_checkpoints_do_not_mix(monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "_compiled", lambda step, *_: step)
+    fit(tiny(), compile="on", checkpoint=tmp_path / "c")
+    with pytest.raises(model.CheckpointError, match="compilation"):
+        fit(tiny(), compile="off", checkpoint=tmp_path / "c")
+
+
+def test_trials_in_threads_do_not_draw_from_each_others_random_state():
+    """As on a Dask worker of several threads."""
+    h = replace(QUICK, epochs=3, dropout=0.5)
+    expected = [weights(n) for n in (tiny(), tiny()) if fit(n, h, n=30, seed=1)]
+    networks = [tiny(), tiny()]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda network: fit(network, h, n=30, seed=1), networks))
+    assert all(same(weights(n), e) for n, e in zip(networks, expected, strict=True))

@@ -1,11 +1,13 @@
 """The chain, its command line, and what it promises of the results folder."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -13,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -34,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::sklearn.exceptions.UndefinedMetricWarning", "ignore:precision is undefined"
 )
 HERE = Path(reproduce.__file__).parent
-QUICK = ["--epochs", "3", "--schedule", "hyperband", "--max-resource", "3"]
+QUICK = ["--epochs", "3", "--schedule", "hyperband", "--max-resource", "3", "--workers", "1"]
 # What ../shared/DESIGN.md and the README list, for three classes.
 FILES = {
     *("run.json", "tuning.jsonl", "best.json", "history.csv", "model.pt", "predictions.csv"),
@@ -572,6 +575,31 @@ def test_overwriting_a_search_trains_again_with_what_it_found(tiny, tmp_path, ca
     best = json.loads((tmp_path / "r" / "best.json").read_text())["hyperparameters"]
     assert trained_with(tmp_path / "r") == {**best, "epochs": 1}
     assert "ok     run.json, the hyperparameters of best.json" in capsys.readouterr().out
+
+
+def test_damaged_checkpoint_of_a_trial_does_not_change_the_search(
+    finished, tiny, tmp_path, monkeypatch
+):
+    append, log = hyperband._append, []
+
+    def cut(path, trial):
+        append(path, trial)
+        log.append(trial)
+        if len(log) == 2:
+            raise KeyboardInterrupt
+
+    words = ["--stage", "tune", "--data", tiny, "--results", tmp_path / "r", *QUICK]
+    monkeypatch.setattr(hyperband, "_append", cut)
+    run(*words, "--workers", 1, expect=130)
+    monkeypatch.undo()
+    checkpoints = list((tmp_path / "r" / "trials").glob("trial-*/training.pt"))
+    assert len(checkpoints) == 2
+    for path in checkpoints:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    run(*words, "--workers", 1)
+    for name in ("best.json", "tuning.jsonl"):
+        assert contents(tmp_path / "r")[name] == contents(finished)[name]
+    assert not (tmp_path / "r" / "trials").exists()
 
 
 def test_cut_off_while_a_finished_run_is_cleared(copied, tiny, monkeypatch):
@@ -1152,3 +1180,136 @@ def test_damaged_files_are_refused_or_change_nothing():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "96 damaged files, 0 wrongly taken" in done.stdout
+
+
+# ------------------------------------------------------------------------------- side by side
+
+
+def trials_in(folder: Path) -> list[dict]:
+    lines = (folder / "tuning.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "crc32")}
+        for line in lines
+    ]
+
+
+def workers_of(pid: int) -> list[int]:
+    """Find the live worker processes of a run, wherever it was started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            spawned = b"spawn_main" in (stat.parent / "cmdline").read_bytes()
+            if int(parent) == pid and state != "Z" and spawned:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def gone(pids: list[int]) -> bool:
+    """Wait until these processes have ended."""
+    deadline = time.monotonic() + 30
+    while any(
+        Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid in pids
+    ):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_worker_processes_change_nothing_whatever_befalls_them(tiny, tmp_path):
+    """A worker is killed, then the search, then it is interrupted; it ends as with one process."""
+    words = ["--stage", "tune", "--data", tiny, "--schedule", "hyperband", "--max-resource", "9"]
+    run(*words, "--results", tmp_path / "one", "--workers", 1)
+    words += ["--results", tmp_path / "two", "--workers", 2]
+    for end in (signal.SIGKILL, signal.SIGINT):
+        process = start(*words)
+        wait_for(process, "trial 0" if end == signal.SIGKILL else "results ")
+        while len(pids := workers_of(process.pid)) < 2:
+            assert process.poll() is None
+        if end == signal.SIGKILL:
+            os.kill(pids[0], signal.SIGKILL)
+            wait_for(process, "trial 5")  # more than was under way
+            pids = workers_of(process.pid)
+        process.send_signal(end)
+        _, error = process.communicate(timeout=60)
+        assert gone(pids)
+    assert process.returncode == 130
+    assert error == "\nreproduce.py: interrupted; the same command goes on from here\n"
+    run(*words)
+    assert trials_in(tmp_path / "two") == trials_in(tmp_path / "one")
+
+
+def test_trials_use_one_thread_and_pickle_small(finished, tmp_path):
+    """So that results do not hang on the number of workers, nor calls on that of images."""
+    objective = reproduce.Objective({}, tmp_path, 0, "cpu", "fp32")
+    assert len(pickle.dumps(objective)) < 1000
+    threads = model.torch.get_num_threads()
+    with model.one_thread():
+        assert model.torch.get_num_threads() == 1
+    assert model.torch.get_num_threads() == threads
+
+
+def test_a_trial_waits_for_the_worker_of_a_killed_search(tmp_path):
+    code = "import sys, reproduce, pathlib\nwith reproduce.held(pathlib.Path(sys.argv[1])):"
+    code += "\n print('held', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", code, tmp_path / "lock"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=HERE) as other:
+        other.stdout.readline()
+        order = []
+        waits = threading.Thread(target=lambda: order.append(wait_held(tmp_path / "lock")))
+        waits.start()
+        time.sleep(0.2)
+        order.append("released")
+        other.stdin.close()
+        waits.join(60)
+    assert order == ["released", "held"]
+
+
+def wait_held(path: Path) -> str:
+    with reproduce.held(path):
+        return "held"
+
+
+def test_dask_cluster(finished, tiny, tmp_path):
+    """A real scheduler and two workers on this machine."""
+    pytest.importorskip("distributed")
+    command = [sys.executable, "-W", "ignore", "-m"]
+    scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    file = tmp_path / "scheduler.json"
+    started = [[*scheduler, "--no-dashboard", "--scheduler-file", file]]
+    worker = ["distributed.cli.dask_worker", "--scheduler-file", file, "--nthreads", "1"]
+    started += [[*worker, "--no-dashboard", "--no-nanny"]] * 2
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    processes = [subprocess.Popen([*command, *words], **quiet) for words in started]
+    try:
+        while not file.exists():
+            assert processes[0].poll() is None
+            time.sleep(0.05)
+        address = json.loads(file.read_text())["address"]
+        words = ["--stage", "tune", "--data", tiny, "--results", tmp_path / "r", *QUICK[2:-2]]
+        done = subprocess.run(
+            [sys.executable, HERE / "reproduce.py", *words, "--dask", address],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert trials_in(tmp_path / "r") == trials_in(finished)
+
+
+def test_dask_that_is_not_there(tiny, tmp_path, capsys, monkeypatch):
+    words = ["--stage", "tune", "--data", tiny, "--results", tmp_path / "r"]
+    for address in ("127.0.0.1:8786", "tcp://127.0.0.1", "tcp://:a"):
+        with pytest.raises(SystemExit, match="2"):
+            reproduce.main([str(word) for word in (*words, "--dask", address)])
+        assert "tcp://HOST:PORT" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert "requirements-cluster.txt" in refused(capsys, *words, "--dask", "tcp://127.0.0.1:1")
