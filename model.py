@@ -627,7 +627,7 @@ def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
 
 # Images a forward pass outside training: enough to keep the cores busy, few enough that their
 # feature maps stay in the caches.
-_EVALUATION_BATCH = 256
+_EVALUATION_BATCH = 128
 
 
 def _for_inference(network: _Network) -> nn.Module:

@@ -53,7 +53,7 @@ class Bench:
     """Times pairs, and keeps a row of each."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.rows, self.pairs = [], options.pairs
+        self.rows, self.pairs, self.images = [], options.pairs, options.images
         self.device = model.resolve_device("auto")
         self.precision = model.resolve_precision(options.precision, self.device)
 
@@ -212,12 +212,12 @@ def epoch(bench: Bench) -> None:
 
 
 def predict(bench: Bench) -> None:
-    x, y = random_images(50_000)
+    x, y = random_images(bench.images)
     parts, network = textbook(bench.device, "fp32"), model.build({})
     loader = textbook_loader(x, y, shuffle=False)
     ours, theirs = [], []
     bench.pair(
-        "prediction, 50,000 images, fp32: textbook / ours",
+        f"prediction, {bench.images:,} images, fp32: textbook / ours",
         lambda: ours.append(model.predict(network, x)),
         lambda: theirs.append(textbook_logits(parts, loader, bench.device)),
         target=">= 2",
@@ -376,12 +376,15 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help=f"{', '.join(ROWS)}; default: all")
     parser.add_argument("--precision", choices=model.PRECISIONS, default="auto")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="1 where other programs keep the cores busy")
+    parser.add_argument("--images", type=int, default=50_000, help="of prediction")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--poster-scale", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.poster_scale:
         poster_scale(options.poster_scale)
         return
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     bench = Bench(options)
     header = ("ours, s", "theirs, s", "lowest", "median", "highest", "target")
     print(f"{'':<58}" + "".join(f"{x:>11}" for x in header))
