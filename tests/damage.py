@@ -29,7 +29,7 @@ import data
 import model
 import reproduce
 
-QUICK = ["--epochs", "2", "--schedule", "hyperband", "--max-resource", "3"]
+QUICK = ["--epochs", "2", "--schedule", "hyperband", "--max-resource", "3", "--workers", "1"]
 # File: (stage that wrote it and is cut short before its end, stage that reads it)
 READERS = {
     "tiny.npz": (None, []),

@@ -121,7 +121,7 @@ def test_plan_comes_before_the_work_and_the_log_has_a_line_a_step(finished):
     assert "tiny: 88 images 8x8, 3 classes" in "".join(lines[:plan])
     assert "52 / 14 / 22" in "".join(lines[:plan])  # 60/15/25 % of 88
     # 3@1 -> 1@3 and 2@3: 6 lines of trials, 3 of epochs
-    assert sum(line.startswith("tune  ") and "trial" in line for line in lines) == 6
+    assert sum(line.startswith("tune  ") and " rung " in line for line in lines) == 6
     assert sum(line.startswith("train  ") and "epoch " in line for line in lines) == 3
 
 
@@ -569,7 +569,7 @@ def test_verify_without_model_looks_into_the_seeds_too(tiny, tmp_path, capsys):
 
 def test_overwriting_a_search_trains_again_with_what_it_found(tiny, tmp_path, capsys):
     words = ["--data", tiny, "--results", tmp_path / "r", "--hyperparameters", "tuned"]
-    words += ["--epochs", 1, "--schedule", "hyperband"]
+    words += ["--epochs", 1, "--schedule", "hyperband", "--workers", 1]
     run(*words, "--max-resource", 3)
     run(*words, "--max-resource", 4, "--eta", 2, "--overwrite")
     best = json.loads((tmp_path / "r" / "best.json").read_text())["hyperparameters"]
@@ -762,7 +762,7 @@ def test_split_seed_changes_the_split_alone(tiny, tmp_path):
 
 
 def test_from_does_the_run_again_beside_it(copied, capsys):
-    run("--from", copied / "run.json")
+    run("--from", copied / "run.json", "--workers", 1)
     again = copied.with_name("results-again")
     assert f"{again / 'predictions.csv'} and {copied / 'predictions.csv'} are identical" in (
         capsys.readouterr().out
