@@ -783,7 +783,9 @@ def test_draw_scaling(tmp_path, matplotlib):
     ]
     metrics.write_csv(path, metrics.SCALING_HEADER, rows)
     texts = check_picture(tmp_path / "scaling", lambda stem: metrics.draw_scaling(path, stem))
-    assert {"CNN", "k-NN", "training images", "training (s)", "peak memory (MB)", "10,000"} <= set(texts)
+    assert {"CNN", "k-NN", "training images", "training (s)", "peak memory (MB)", "10,000"} <= set(
+        texts
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 10, 1), (12, 8, 3)])
