@@ -1129,8 +1129,9 @@ def claims(
         f"takes {float(knn['model_mb']):.3g} MB (PosterCNN {float(cnn['model_mb']):.3g} MB).",
         f'SVM "doesn\'t suitable for large-scale training samples" **{suits}**: training the RBF '
         f"SVM grows as n^{rbf:.2f} (PosterCNN n^{network:.2f}, linear SVM "
-        f"n^{powers['SVM (linear)'][0]:.2f}; the claim asks for more than 1 and than PosterCNN's), which "
-        f"makes {duration(at_posters('SVM (RBF)'))} of the poster's {POSTER_TRAIN:,} images if it goes on so "
+        f"n^{powers['SVM (linear)'][0]:.2f}; the claim asks for more than 1 and than PosterCNN's), "
+        f"which makes {duration(at_posters('SVM (RBF)'))} of the poster's {POSTER_TRAIN:,} images "
+        "if it goes on so "
         f"(PosterCNN {duration(at_posters('PosterCNN'))}, linear SVM "
         f"{duration(at_posters('SVM (linear)'))}).",
     )
