@@ -904,14 +904,15 @@ def in_own_process(job: Job, tell: Callable[[float], None]) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
     process = spawn.Process(target=answer, args=(job, theirs), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for us alone
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    # Ctrl-C is for us alone: the new process inherits the mask; here the signal waits meanwhile.
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else set()
+    process.start()
     theirs.close()
     with ours:
         try:
+            if masks:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             while isinstance(message := ours.recv(), float):
                 tell(message)
         except EOFError:
