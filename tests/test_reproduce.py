@@ -1136,6 +1136,8 @@ def test_claims_follow_the_measurements():
     assert "**holds here**" in knn
     assert "**holds here**" in svm
     assert "which makes 1m40s of the poster's 120,000" in svm  # 1 s * (120,000 / 12,000) ** 2
+    _, svm = reproduce.claims(*measured({"SVM (RBF)": 2.0}, {"PosterCNN": 50}), 12_000)
+    assert "**holds here for growth, not for time**" in svm
     knn, svm = reproduce.claims(*measured({"SVM (RBF)": 0.9}, {"KNN": 0.5}), 12_000)
     assert "**does not hold here**" in knn
     assert "**does not hold here**" in svm
