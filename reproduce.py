@@ -398,6 +398,10 @@ class Run:
 
     def finish(self, stage: str, result: dict) -> None:
         """Record that the stage's files are complete, and what they are."""
+        for pattern in OUTPUTS[stage]:  # what a killed run left half written
+            path = self.folder / pattern
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink()
         self.record[stage]["result"] = result
         self.record[stage]["files"] = {
             path.relative_to(self.folder).as_posix(): fingerprint(path.read_bytes())
@@ -1982,7 +1986,7 @@ def print_plan(run: Run, stages: Sequence[str]) -> None:
         epochs = sum(hyperband.total_resource(rungs, arguments.retrain) for rungs in schedule)
         count = min(TUNING_IMAGES, len(run.split.train) + len(run.split.valid))
         on = f"on {arguments.dask}" if arguments.dask else f"{count_workers(arguments)} at a time"
-        print(f"tune       {flow}: {epochs} epochs of {count * 8 // 10:,} images, trials {on}")
+        print(f"tune       {flow}: {epochs} epochs of {count * 8 // 10:,} images, {on}")
     if "train" in stages:
         chosen = chosen_hyperparameters(arguments, run.best)
         if chosen is None:
