@@ -1662,7 +1662,8 @@ def audit_training(audit: Audit, folder: Path, settings: dict[str, Any]) -> None
         audit("history.csv", "readable", str(error), False)
         return
     audit("history.csv, number of epochs", len(rows), hyperparameters["epochs"])
-    audit("history.csv, first learning rate", float(rows[0][1]), hyperparameters["learning_rate"])
+    first = rows[0][1] if rows else "none"
+    audit("history.csv, first learning rate", first, str(hyperparameters["learning_rate"]))
     best = next((p for p in (folder, folder.parent) if (p / "best.json").exists()), None)
     if settings["tuned"] and best:
         with contextlib.suppress(RunError):  # which audit_files has told of

@@ -567,6 +567,13 @@ def test_verify_without_model_looks_into_the_seeds_too(tiny, tmp_path, capsys):
     assert "'8', was '7'" in capsys.readouterr().out
 
 
+def test_verify_of_a_history_that_holds_no_numbers(copied, capsys):
+    path = copied / "history.csv"
+    path.write_text(path.read_text().replace("0.025", "0.x25"))
+    run("--stage", "verify", "--no-model", "--results", copied, expect=1)
+    assert "WRONG  history.csv, first learning rate: 0.x25 | 0.025" in capsys.readouterr().out
+
+
 def test_overwriting_a_search_trains_again_with_what_it_found(tiny, tmp_path, capsys):
     words = ["--data", tiny, "--results", tmp_path / "r", "--hyperparameters", "tuned"]
     words += ["--epochs", 1, "--schedule", "hyperband", "--workers", 1]
