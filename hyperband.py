@@ -18,15 +18,18 @@ import decimal
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,9 +270,9 @@ def search(
     executor : concurrent.futures.Executor, or a callable that makes one, optional
         Runs the trials of a rung side by side. Results and log do not depend on it. Where a worker
         dies (killed, out of memory), its executor is broken for good. With a callable, such as
-        ``functools.partial(ProcessPoolExecutor, 4)``, the search goes on in a new one, where the
-        trials that were lost run again one by one, until a worker dies of one alone: that trial
-        has failed. A given executor can't be made again: all that it still should run has failed.
+        `processes` gives, the search goes on in a new one, where the trials that were lost run
+        again one by one, until a worker dies of one alone: that trial has failed. A given executor
+        can't be made again: all that it still should run has failed.
     on_trial : callable, optional
         ``on_trial(trial, replayed)`` after every finished trial, in the order of the schedule.
 
@@ -450,6 +453,71 @@ def _lost(future: Future) -> BaseException | None:
     """Wait for `future`; return the error if a dead worker took it along."""
     error = future.exception()
     return error if isinstance(error, BrokenExecutor) else None
+
+
+@contextlib.contextmanager
+def processes(count: int) -> Iterator[Callable[[], ProcessPoolExecutor]]:
+    """Give an `executor` for `search`: what starts `count` workers, of a process each.
+
+    They end with this process, however that ends, and at once at Ctrl-C::
+
+        with processes(4) as executor:
+            search(objective, space, schedule, executor=executor)
+
+    Spawned, not forked, so the program that calls needs ``if __name__ == "__main__":``.
+    """
+    interrupted = False
+
+    class Pool(ProcessPoolExecutor):
+        """Says at its end that Ctrl-C ended it, so that no trial takes the blame."""
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait, cancel_futures=cancel_futures)
+            if interrupted:
+                raise KeyboardInterrupt
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    def start() -> ProcessPoolExecutor:
+        if interrupted:
+            raise KeyboardInterrupt
+        pool = Pool(count, multiprocessing.get_context("spawn"), _end_with_parent)
+        with unheard_interrupt():
+            for _ in range(count):
+                pool.submit(os.getpid)  # a process each, as none is idle yet
+        return pool
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:  # else it is somebody else's to decide what Ctrl-C does
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield start
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def unheard_interrupt() -> Iterator[None]:
+    """Put Ctrl-C off; a process that is started meanwhile never hears it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this worker process as soon as its parent is gone: its queue would wait forever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # --------------------------------------------------------------------------------------- log

@@ -262,6 +262,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("all its cores are the one device cpu")
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"no device {str(device)!r} here: {_first_line(error)}") from None

@@ -26,17 +26,15 @@ import platform
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -111,7 +109,7 @@ OUTPUTS = {
         "roc/auc.csv",
     ),
     "seeds": ("seeds.csv", "seeds.md"),
-    "compare": ("compare.jsonl", "compare.csv", "scaling.csv", "compare.md"),
+    "compare": ("measured.json", "compare.csv", "scaling.csv", "compare.md"),
     "figures": ("figures/*.png", "figures/*.svg"),
     "report": ("report.md",),
 }
@@ -125,7 +123,7 @@ FOLLOWING = {
     "figures": ("report",),
 }
 # Files by which an interrupted stage goes on, and which a finished one has no more.
-UNFINISHED = ("training.pt", "compare.jsonl")
+UNFINISHED = ("training.pt", "measured.json")
 # Stages that look at the results of others: on the same data, without being told it again.
 LATER = ("test", "verify", "figures", "report", "compare")
 
@@ -188,7 +186,8 @@ def read_json(path: Path) -> dict:
     body, _, stored = raw.rpartition(CHECK.encode())
     stored = stored.removesuffix(b'"\n}\n').decode("ascii", "replace")
     if fingerprint(body) != stored:
-        raise RunError(f"{path} was changed or damaged ({locate(path.name, body, stored)})")
+        place = locate(path.name, body, stored)
+        raise RunError(f"{path} was changed or damaged ({place}): restore it")
     content.pop("check")
     return content
 
@@ -314,7 +313,7 @@ class Run:
                 self.record = read_json(folder / "run.json")
             except RunError as error:
                 if not arguments.overwrite:
-                    raise RunError(f"{error}: say --overwrite to start over") from None
+                    raise RunError(f"{error}, or say --overwrite to start over") from None
         known = self.record.get("data", {}) if arguments.stage in LATER else {}
         self.split_name = arguments.split or known.get("split", "poster")
         if arguments.test_data:
@@ -326,10 +325,12 @@ class Run:
             self.split = data.folders_split(images, seed := seed or 0)
         else:
             self.split = data.poster_split(len(images.labels), seed := seed or 0)
-        named = images.name if arguments.data in (None, "auto") else str(arguments.data)
+        source = images.name if arguments.data in (None, "auto") else arguments.data
         self.data = {
             "name": images.name,
-            "source": named,
+            "source": source
+            if source in ("tissuemnist", "digits")
+            else str(Path(source).resolve()),
             "md5": images.md5,
             "shape": list(images.images.shape),
             "class_names": list(images.class_names),
@@ -338,7 +339,7 @@ class Run:
             "sizes": [len(part) for part in self.split],
         }
         if arguments.test_data:
-            self.data["test_source"] = str(arguments.test_data)
+            self.data["test_source"] = str(Path(arguments.test_data).resolve())
 
     def open(self, stages: Sequence[str], again: bool) -> None:
         """See that the folder may take these stages; clear other runs', and all if `again`."""
@@ -536,63 +537,6 @@ def held(path: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def processes(count: int) -> Iterator[Callable[[], ProcessPoolExecutor]]:
-    """Give what starts `count` workers, which end with this process, and at once at Ctrl-C."""
-    interrupted = False
-
-    class Pool(ProcessPoolExecutor):
-        """Says at its end that Ctrl-C ended it, so that no trial takes the blame."""
-
-        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-            super().shutdown(wait, cancel_futures=cancel_futures)
-            if interrupted:
-                raise KeyboardInterrupt
-
-    def interrupt(*_: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-        for process in multiprocessing.active_children():
-            process.kill()
-
-    def start() -> ProcessPoolExecutor:
-        if interrupted:
-            raise KeyboardInterrupt
-        pool = Pool(count, multiprocessing.get_context("spawn"), end_with_parent)
-        with unheard_interrupt():
-            for _ in range(count):
-                pool.submit(os.getpid)  # a process each, as none is idle yet
-        return pool
-
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:  # else it is somebody else's to decide what Ctrl-C does
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield start
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def unheard_interrupt() -> Iterator[None]:
-    """Put Ctrl-C off; a process that is started meanwhile never hears it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_with_parent() -> None:
-    """End this worker process as soon as its parent is gone: its queue would wait forever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 class DaskExecutor(Executor):
     """A Dask cluster; a trial whose workers died has failed, and the others go on.
 
@@ -649,7 +593,7 @@ def trial_executor(
     if arguments.dask:
         return DaskExecutor(arguments.dask)
     workers = count_workers(arguments)
-    return processes(workers) if workers > 1 else contextlib.nullcontext()
+    return hyperband.processes(workers) if workers > 1 else contextlib.nullcontext()
 
 
 def count_workers(arguments: argparse.Namespace) -> int:
@@ -787,6 +731,8 @@ def training_settings(run: Run) -> dict[str, Any] | None:
     chosen = chosen_hyperparameters(run.arguments, run.best)
     if chosen is None:
         return None
+    if len(run.split.train) < 2:
+        raise RunError(f"one training image in {run.images.source}: the network needs more")
     return {
         "network": run.network_config(chosen),
         "hyperparameters": asdict(chosen),
@@ -1039,10 +985,11 @@ def compare(run: Run) -> None:
     """Train and apply each system at growing training sizes, each time in a process of its own."""
     settings = run.begin("compare")
     sizes, arguments = settings["sizes"], run.arguments
-    log = run.folder / "compare.jsonl"  # a line a finished measurement
-    rows = []
-    if log.exists():
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    log = run.folder / "measured.json"
+    try:
+        rows = read_json(log)["rows"] if log.exists() else []
+    except RunError as error:
+        raise RunError(f"{error}, or remove it to measure again") from None
     hyperparameters = model.Hyperparameters(**settings["hyperparameters"])
     # In a random order, but for one image of each class at the head: a prefix has every class.
     pool = random.Random(arguments.seed).sample(run.split.train.tolist(), len(run.split.train))
@@ -1072,7 +1019,7 @@ def compare(run: Run) -> None:
 
             row = in_own_process(job, tell)
             rows.append(row)
-            write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+            write_json(log, {"rows": rows})
         done += size
         shown = f"training {row['train_seconds']:.3g} s, prediction of 1,000 "
         shown += f"{row['predict_seconds_per_1000']:.3g} s, {row['peak_memory_mb']:.0f} MB"
@@ -1097,22 +1044,19 @@ def in_own_process(job: Job, tell: Callable[[float], None]) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
     process = spawn.Process(target=answer, args=(job, theirs), daemon=True)
-    # Ctrl-C is for us alone: the new process inherits the mask; here the signal waits meanwhile.
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else set()
-    process.start()
-    theirs.close()
     with ours:
         try:
-            if masks:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            with hyperband.unheard_interrupt():  # Ctrl-C is for us alone
+                process.start()
+            theirs.close()
             while isinstance(message := ours.recv(), float):
                 tell(message)
         except EOFError:
             message = "its process ended early (out of memory?)"
         finally:
-            process.kill()
-            process.join()
+            if process.pid:
+                process.kill()
+                process.join()
             process.close()
     if isinstance(message, str):
         raise RunError(f"{job.system} on {len(job.train[0]):,} images: {message}")
@@ -1758,7 +1702,7 @@ def audit_texts(audit: Audit, folder: Path, record: dict[str, Any]) -> None:
                     write_comparison(folder, Path(scratch), record["data"], record["compare"])
                 else:
                     write_report(folder, Path(scratch), record)
-            except (OSError, KeyError, ValueError) as error:
+            except (OSError, LookupError, ValueError, ArithmeticError) as error:
                 audit(f"what {stage}.md follows from", "readable", str(error), False)
                 continue
             audit_cells(audit, folder / f"{stage}.md", Path(scratch, f"{stage}.md"))
@@ -1912,19 +1856,25 @@ def take_settings(arguments: argparse.Namespace) -> None:
     """Set the command line to what the run.json named by ``--from`` was made with."""
     origin = Path(arguments.origin)
     record = read_json(origin)
-    if not {"data", "train"} <= record.keys():
-        raise RunError(f"{origin} holds no training to do again")
-    about, trained = record["data"], record["train"]
     tuned = record.get("tune", {}).get("settings")
+    if "seeds" in record:
+        arguments.seeds = record["seeds"]["settings"]["seeds"]
+        origin = origin.parent / f"seed-{arguments.seeds[0]}" / "run.json"
+        record["train"] = read_json(origin).get("train")
+    if not record.get("train"):
+        raise RunError(f"{arguments.origin} holds no training to do again")
+    about, trained = record["data"], record["train"]
     arguments.test_data = arguments.test_data or about.get("test_source")
     arguments.data = arguments.data or about["source"]
     arguments.md5 = about["md5"]
     arguments.split_seed = about["split_seed"]
     arguments.split = None if about["split"] == "folders" else about["split"]
     arguments.hyperparameters, arguments.seed = str(origin), trained["settings"]["seed"]
+    if arguments.seeds and tuned:
+        arguments.seed = tuned["seed"]
     arguments.precision = trained["environment"]["precision"]
     arguments.compile = trained["settings"].get("compile", "off")
-    arguments.results = arguments.results or f"{origin.resolve().parent}-again"
+    arguments.results = arguments.results or f"{Path(arguments.origin).resolve().parent}-again"
     arguments.stage = "all" if tuned else "train test"
     if tuned and tuned["schedule"] != [list(map(list, hyperband.POSTER_BRACKET))]:
         arguments.schedule = [[hyperband.Rung(*r) for r in rungs] for rungs in tuned["schedule"]]
@@ -2031,7 +1981,7 @@ def run_stages(arguments: argparse.Namespace) -> int:
         drawn = [s for s in ("figures", "report") if arguments.stage == "all" or run.finished(s)]
         drawn = tuple(s for s in drawn if s not in named and (s != "figures" or drawable()))
     stages = (*named, *drawn)
-    if "train" in stages and "tune" not in stages and training_settings(run) is None:
+    if "train" in stages and training_settings(run) is None and "tune" not in stages:
         raise RunError(f"no {run.best} to take tuned hyperparameters from: run --stage tune first")
     seeds = [seed_run(run, seed) for seed in arguments.seeds or []]
     if stages == ("test",):
@@ -2047,7 +1997,11 @@ def run_stages(arguments: argparse.Namespace) -> int:
             work = [(run, ("tune",))] if "tune" in stages else []
             work += [(one, each) for one in seeds if each]
             work += [(run, ("seeds", *drawn))] if "test" in stages else []
-        carry_out(work)
+        try:
+            carry_out(work)
+        except OSError as error:  # a full disk names no file
+            error.filename = error.filename or str(folder)
+            raise
         ok = arguments.stage != "all" or verify_all(folder, run)
     table = {"compare": "compare.md"}.get(named[0], "seeds.md" if seeds else "table.md")
     if "test" in stages or table == "compare.md":
@@ -2057,10 +2011,11 @@ def run_stages(arguments: argparse.Namespace) -> int:
     if arguments.stage == "all" and not drawable():
         print(NO_MATPLOTLIB)
     if arguments.origin:
-        pair = [folder / "predictions.csv", Path(arguments.origin).parent / "predictions.csv"]
-        if all(path.exists() for path in pair):
-            alike = pair[0].read_bytes() == pair[1].read_bytes()
-            print(f"{pair[0]} and {pair[1]} are {'identical' if alike else 'NOT identical'}")
+        for path in sorted(folder.rglob("predictions.csv")):
+            first = Path(arguments.origin).parent / path.relative_to(folder)
+            if first.exists():
+                alike = path.read_bytes() == first.read_bytes()
+                print(f"{path} and {first} are {'identical' if alike else 'NOT identical'}")
     if not comparable(run.data):
         print(NOT_COMPARABLE)
     return 0 if ok else 1
@@ -2130,6 +2085,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nreproduce.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # what stdout went to, `| head` perhaps, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains at its exit
+        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"reproduce.py: error: {where}{error.strerror or error}", file=sys.stderr)

@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, str]:
         elif path.name == "tuning.jsonl":
             text = re.sub(r'"seconds": [^,]+,|"crc32": "\w+"', "", text)
         elif path.name == "report.md":
-            text = re.sub(r"\| wall time .*", "", text)
+            text = re.sub(r"\| (wall time|git commit) .*", "", text)
         elif path.name == "run.json":
             record = json.loads(text)
             del record["check"]
@@ -64,6 +64,7 @@ def contents(folder: Path) -> dict[str, str]:
                     entry.get("result", {}).pop(timed, None)
                 for timed in ("history.csv", "tuning.jsonl", "report.md"):
                     entry.get("files", {}).pop(timed, None)
+                entry.get("environment", {}).pop("git_commit", None)  # somebody may commit
             text = json.dumps(record)
         read[name] = text
     return read

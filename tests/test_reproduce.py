@@ -246,6 +246,7 @@ def test_authors_digits(tiny, tmp_path):
 BAD = {
     "epochs": (["--epochs", "0"], "'0' is no whole number from 1 up"),
     "device": (["--device", "gpu9"], "no device 'gpu9' here"),
+    "second cpu": (["--device", "cpu:1"], "no device 'cpu:1' here"),
     "no gpu": (["--device", "cuda:99"], "no device 'cuda:99' here"),
     "stage": (["--stage", "dance"], "invalid choice: 'dance'"),
     "precision": (["--precision", "fp8"], "invalid choice: 'fp8'"),
@@ -267,6 +268,7 @@ BAD = {
     "nothing to predict": (["--stage", "predict"], "--images FOLDER_OR_NPZ and --model FILE"),
     "compare max": (["--stage", "compare", "--compare-max", "9"], "no whole number from 10 up"),
     "too few": (["--stage", "compare", "--data", "few.npz"], "too few to compare on"),
+    "one image": (["--data", "one.npz", "--split", "official"], "one training image"),
     "from and seed": (["--from", "run.json", "--seed", "1"], "leave out --seed"),
 }
 
@@ -278,6 +280,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     if "few.npz" in words:
         write_tiny(tmp_path / "few.npz", parts=(4, 3, 3))
+    if "one.npz" in words:
+        write_tiny(tmp_path / "one.npz", parts=(1, 3, 3))
     given = [] if "--data" in words or "--from" in words else ["--data", str(tiny)]
     try:
         status = reproduce.main([*words, *given])
@@ -286,7 +290,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (2, 1), error
     assert message in error
-    assert files_in(tmp_path) <= {"few.npz"}
+    assert files_in(tmp_path) <= {"few.npz", "one.npz"}
 
 
 @pytest.mark.parametrize(
@@ -369,19 +373,28 @@ def test_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, capsys, monkeypatc
 
     def full(path, content):
         if path.name == "training.pt.tmp" and len(whole) == 2:
-            raise OSError(28, "No space left on device", str(path))
+            raise OSError(28, "No space left on device")  # as a write that fails says it
         whole.append(path)
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     folder = tmp_path / "r"
     words = ["--stage", "train", "--data", tiny, "--results", folder, "--epochs", 5]
-    assert "No space left on device" in refused(capsys, *words)
+    assert f"{folder}: No space left on device" in refused(capsys, *words)
     assert files_in(folder) == {"run.json", "training.pt"}
     monkeypatch.undo()
     run(*words)
     run("--stage", "train", "--data", tiny, "--results", tmp_path / "s", "--epochs", 5)
     assert contents(folder) == contents(tmp_path / "s")
+
+
+def test_a_reader_that_has_seen_enough(finished):
+    words = [sys.executable, HERE / "reproduce.py", "--stage", "verify", "--results", finished]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*words, "--no-model"], **pipes) as verify:
+        verify.stdout.close()
+        assert verify.stderr.read() == b""
+    assert verify.returncode == 2
 
 
 def test_vanished_results_folder(tiny, tmp_path, capsys, monkeypatch):
@@ -753,6 +766,23 @@ def test_seeds(tiny, tmp_path, capsys, monkeypatch):
     assert "WRONG  seeds.csv, row 2" in capsys.readouterr().out
 
 
+def test_from_does_several_seeds_again(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "drawable", lambda: False)
+    monkeypatch.chdir(tiny.parent)  # the data are found from elsewhere too
+    words = ["--data", tiny.name, *QUICK, "--seed", 4, "--seeds", 2, 6, "--results", tmp_path / "r"]
+    run(*words, "--hyperparameters", "tuned")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    run("--from", "r/run.json", "--workers", 1)
+    again = tmp_path / "r-again"
+    out = capsys.readouterr().out
+    for seed in (2, 6):
+        name = f"seed-{seed}/predictions.csv"
+        assert f"{again}/{name} and r/{name} are identical" in out
+    for name in ("best.json", "seeds.csv"):
+        assert (again / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
+
+
 def test_seeds_stage_by_stage(tiny, tmp_path):
     words = ["--data", tiny, "--results", tmp_path / "r", "--epochs", 1, "--seeds", 0, 1]
     for stage in ("train", "test"):
@@ -1053,8 +1083,13 @@ def test_compare_goes_on_and_says_what_scikit_learn_says(tiny, tmp_path, capsys,
     jobs = compare_here(monkeypatch, stop_after=7)
     run(*words, expect=130)
     assert len(jobs) == 7
-    assert files_in(tmp_path / "r") == {"run.json", "compare.jsonl"}
-    jobs = compare_here(monkeypatch)
+    assert files_in(tmp_path / "r") == {"run.json", "measured.json"}
+    jobs, path = compare_here(monkeypatch), tmp_path / "r" / "measured.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"KNN", b"kNN", 1))
+    capsys.readouterr()
+    assert "measured.json was changed or damaged" in refused(capsys, *words)
+    path.write_bytes(whole)
     run(*words)
     sizes = [10, 20, 52]
     assert len(jobs) == 15 - 7
