@@ -1329,9 +1329,12 @@ def report(run: Run) -> None:
 def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
     """Write to `target` the report.md that follows from `source`'s files and run.json."""
     about, trained = record["data"], record.get("train")
+    seeds = []
     if trained is None:  # several seeds: each has trained in a folder of its own
-        seed = record["seeds"]["settings"]["seeds"][0]
-        trained = read_json(source / f"seed-{seed}" / "run.json")["train"]
+        seeds = [f"seed-{seed}" for seed in record["seeds"]["settings"]["seeds"]]
+        each = [read_json(source / seed / "run.json")["train"] for seed in seeds]
+        seconds = sum(one["result"]["seconds"] for one in each)
+        trained = {**each[0], "result": {"seconds": seconds}}
 
     def content(name: str) -> str:
         path = source / name
@@ -1343,6 +1346,10 @@ def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
     parts += ["## What was run", "\n".join(f"- {line}" for line in what_was_run(record, trained))]
     parts.append("## Results")
     parts += [content(name) for name in ("table.md", "seeds.md") if (source / name).exists()]
+    told = [
+        f"[{seed}]({seed}/report.md)" for seed in seeds if (source / seed / "report.md").exists()
+    ]
+    parts += [f"Each seed's own report: {', '.join(told)}."] * bool(told)
     if (source / "table.md").exists():
         parts.append(
             "Intervals: percentile bootstrap over the test images (10,000 replicates), DeLong's "

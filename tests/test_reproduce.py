@@ -740,7 +740,9 @@ def test_seeds(tiny, tmp_path, capsys, monkeypatch):
         read = metrics.read_predictions(folder / f"seed-{seed}" / "predictions.csv")
         accuracies.append(accuracy_score(read.labels, read.predicted))
     assert len(set(accuracies)) > 1, "the seeds change nothing"
-    assert (folder / "seeds.md").read_text().strip() in (folder / "report.md").read_text()
+    report = (folder / "report.md").read_text()
+    assert (folder / "seeds.md").read_text().strip() in report
+    assert "[seed-5](seed-5/report.md)" in report
     row = rows_of(folder / "seeds.csv")[0]
     a, b, c = accuracies
     apart = [abs(a - b), abs(a - c), abs(b - c)]
