@@ -569,8 +569,15 @@ _TEXT = r"(?s:.*)"
 _KINDS = {_INTEGER: "an integer", _DECIMAL: "a finite number", _NUMBER: "a number"}
 
 
-def _replace(path: PathLike, content: bytes) -> None:
-    """Write `content` so that at no time a part of it stands under the name `path`."""
+def write_atomically(path: PathLike, content: str | bytes) -> None:
+    r"""Write a file so that at no time a part of it stands under its name.
+
+    It is written as NAME.tmp in the same folder, then moved into place, or removed if that fails.
+    Text becomes UTF-8, its "\n" kept, a lone surrogate escaped.
+    """
+    if isinstance(content, str):
+        # A class named after a folder may hold bytes that are no text; they must not cost the file.
+        content = content.encode("utf-8", "backslashreplace")
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # a killed process's is written over
     try:
@@ -627,8 +634,7 @@ def write_csv(path: PathLike, header: Sequence[str], rows: Iterable[Sequence[obj
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)  # str() of a float is its shortest text that reads back exactly
-    # A class named after a folder may hold bytes that are no text; they must not cost the file.
-    _replace(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    write_atomically(path, text.getvalue())
 
 
 def read_csv(path: PathLike, header: Sequence[str]) -> list[list[str]]:
@@ -763,7 +769,7 @@ def write_predictions(
     line = ",".join(["%d"] * 3 + ["%.9g"] * num_classes)
     cells = zip(*(column.tolist() for column in (*columns, *logits.T)), strict=True)
     lines = [",".join(_prediction_header(num_classes)), *map(line.__mod__, cells), ""]
-    _replace(path, "\n".join(lines).encode())
+    write_atomically(path, "\n".join(lines))
 
 
 def read_predictions(path: PathLike) -> Predictions:
@@ -960,7 +966,7 @@ def _figure(stem: PathLike, width: float, height: float) -> Iterator[Any]:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             picture = io.BytesIO()
             figure.savefig(picture, format=kind, metadata=metadata)
-            _replace(f"{os.fspath(stem)}.{kind}", picture.getvalue())
+            write_atomically(f"{os.fspath(stem)}.{kind}", picture.getvalue())
 
 
 def _columns(

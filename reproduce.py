@@ -166,20 +166,13 @@ def locate(name: str, content: bytes, stored: str) -> str:
     return "more than one byte differs"
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a text file through a temporary one moved into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8", newline="\n")
-    temporary.replace(path)
-
-
 CHECK = '\n "check": "'
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON object whose last key is the fingerprint of what stands before it."""
     body = json.dumps(content, indent=1, allow_nan=False)[:-2] + ","
-    write_text(path, f'{body}{CHECK}{fingerprint(body.encode())}"\n}}\n')
+    metrics.write_atomically(path, f'{body}{CHECK}{fingerprint(body.encode())}"\n}}\n')
 
 
 def read_json(path: Path) -> dict:
@@ -949,7 +942,7 @@ def write_table(
         "verdict",
     )
     note = "" if comparable(about) else f"{NOT_COMPARABLE}\n\n"
-    write_text(folder / "table.md", note + metrics.markdown_table(heading, shown))
+    metrics.write_atomically(folder / "table.md", note + metrics.markdown_table(heading, shown))
 
 
 # -------------------------------------------------------------------------------- several seeds
@@ -978,7 +971,7 @@ def write_seeds(source: Path, target: Path, about: dict[str, Any], seeds: Sequen
     header = ("metric", "runs", "mean", "std", "min", "max", "mean_apart", "max_apart")
     metrics.write_csv(target / "seeds.csv", header, rows)
     shown = [(row[0], row[1], *(f"{value:.4f}" for value in row[2:])) for row in rows]
-    write_text(
+    metrics.write_atomically(
         target / "seeds.md",
         f"{title(about)}; seeds {', '.join(map(str, seeds))}. Two runs of the same settings lie "
         "`mean_apart` apart on average, `max_apart` at most.\n\n"
@@ -1072,7 +1065,7 @@ def compare(run: Run) -> None:
 
             row = in_own_process(job, tell)
             rows.append(row)
-            write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+            metrics.write_atomically(log, "".join(json.dumps(row) + "\n" for row in rows))
         done += size
         shown = f"training {row['train_seconds']:.3g} s, prediction of 1,000 "
         shown += f"{row['predict_seconds_per_1000']:.3g} s, {row['peak_memory_mb']:.0f} MB"
@@ -1273,7 +1266,7 @@ def write_comparison(
     grown = [(s, *(f"{power:.2f}" for power in powers[s])) for s in SYSTEMS]
     sizes = ", ".join(f"{n:,}" for n in entry["settings"]["sizes"])
     settings = "".join(f"- {row['system']}: {row['settings']}\n" for row in rows)
-    write_text(
+    metrics.write_atomically(
         target / "compare.md",
         f"{title(about)}; {size:,} training images, device {where['device']}, "
         f"{where['threads']} threads.\n\n{metrics.markdown_table(heading, shown)}\n"
@@ -1413,7 +1406,8 @@ def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
     parts.append("## Deviations from the poster")
     parts.append("\n".join(f"- {line}" for line in deviations(record, trained)))
     parts += ["## Provenance", metrics.markdown_table(("what", ""), provenance(record, trained))]
-    write_text(target / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    text = "\n\n".join(part.strip() for part in parts) + "\n"
+    metrics.write_atomically(target / "report.md", text)
 
 
 def what_was_run(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
