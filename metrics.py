@@ -121,6 +121,15 @@ def _classes(indices: np.ndarray) -> str:
 # Numbers
 
 
+# The figures of `summary`, in its order, and what readers call them.
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "macro F1",
+    "recall": "macro recall",
+    "precision": "macro precision",
+}
+
+
 class ClassMetrics(NamedTuple):
     """The metrics of one class, 0..1, NaN where undefined; `support` is its test images."""
 
@@ -147,8 +156,8 @@ class ClassAuc(NamedTuple):
     """The AUC of one class from raw logits, its interval, and the AUC from softmax, all 0..1."""
 
     auc: float
-    low: float
-    high: float
+    auc_low: float
+    auc_high: float
     auc_softmax: float
     support: int
 
@@ -239,8 +248,7 @@ def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
         true, predicted, average="macro", sample_weight=weight, zero_division=0
     )
     accuracy = accuracy_score(true, predicted, sample_weight=weight)
-    figures = {"accuracy": accuracy, "f1": f1, "recall": recall, "precision": precision}
-    return {name: float(value) for name, value in figures.items()}
+    return dict(zip(METRIC_NAMES, map(float, (accuracy, f1, recall, precision)), strict=True))
 
 
 def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list[ClassMetrics]:
@@ -417,8 +425,8 @@ def bootstrap_intervals(
         ]
     )
     low, high = np.quantile(figures, [tail, 1 - tail], axis=0)
-    names = ("accuracy", "f1", "recall", "precision")
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
+    pairs = zip(low.tolist(), high.tolist(), strict=True)
+    return dict(zip(METRIC_NAMES, pairs, strict=True))
 
 
 def _summaries(
@@ -558,9 +566,9 @@ class Predictions(NamedTuple):
     logits: np.ndarray
 
 
-PER_CLASS_HEADER = ("class", "name", "precision", "recall", "f1", "support")
+PER_CLASS_HEADER = ("class", "name", *ClassMetrics._fields)
+AUC_HEADER = ("class", "name", *ClassAuc._fields)
 ROC_HEADER = ("fpr", "tpr", "threshold")
-AUC_HEADER = ("class", "name", "auc", "auc_low", "auc_high", "auc_softmax", "support")
 
 _INTEGER = r"-?[0-9]{1,18}"  # at most 18 digits always fit an int64
 _DECIMAL = r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
@@ -855,40 +863,14 @@ def read_confusion(path: PathLike) -> np.ndarray:
         raise MetricsError(f"{path}: {error}") from None
 
 
-def _write_class_rows(
-    path: PathLike, header: Sequence[str], class_names: Sequence[str], rows: Sequence[tuple]
+def write_classes(
+    path: PathLike, class_names: Sequence[str], rows: Sequence[ClassMetrics] | Sequence[ClassAuc]
 ) -> None:
+    """Write what `per_class` or `class_aucs` returned, under PER_CLASS_HEADER or AUC_HEADER."""
     _same_length("class names", len(class_names), "classes", len(rows))
     named = zip(class_names, rows, strict=True)
-    write_csv(path, header, [(k, name, *row) for k, (name, row) in enumerate(named)])
-
-
-def write_per_class(
-    path: PathLike, class_names: Sequence[str], metrics: Sequence[ClassMetrics]
-) -> None:
-    """Write what `per_class` returned: `class,name,precision,recall,f1,support`.
-
-    Raises
-    ------
-    MetricsError
-        If there are not as many names as classes.
-    OSError
-        If the file can't be written.
-    """
-    _write_class_rows(path, PER_CLASS_HEADER, class_names, metrics)
-
-
-def write_auc(path: PathLike, class_names: Sequence[str], aucs: Sequence[ClassAuc]) -> None:
-    """Write what `class_aucs` returned: `class,name,auc,auc_low,auc_high,auc_softmax,support`.
-
-    Raises
-    ------
-    MetricsError
-        If there are not as many names as classes.
-    OSError
-        If the file can't be written.
-    """
-    _write_class_rows(path, AUC_HEADER, class_names, aucs)
+    cells = [(k, name, *row) for k, (name, row) in enumerate(named)]
+    write_csv(path, ("class", "name", *rows[0]._fields), cells)
 
 
 def write_roc(path: PathLike, curve: RocCurve) -> None:
@@ -1001,7 +983,7 @@ def _class_title(index: int, name: str, width: int) -> str:
 
 
 def draw_class_ratios(per_class_csv: PathLike, stem: PathLike) -> None:
-    """Draw each class's share of the test images as a bar, from what `write_per_class` wrote."""
+    """Draw each class's share of the test images as a bar, from the file of `per_class`."""
     names, support = _names_and_support(per_class_csv)
     with _figure(stem, 5.5, 0.9 + 0.3 * len(support)) as figure:
         axes = figure.subplots()
@@ -1057,7 +1039,7 @@ def draw_roc(
     roc_folder : path
         Holds class_0.csv, class_1.csv, ... as `write_roc` writes them.
     auc_csv, per_class_csv : path
-        What `write_auc` and `write_per_class` wrote.
+        What `write_classes` made of `class_aucs` and of `per_class`.
     stem : path
         The figure's, without ".png" and ".svg".
     reference_auc : sequence of K floats, optional
@@ -1344,10 +1326,8 @@ def _report(predictions: Predictions) -> str:
     num_classes = logits.shape[1]
     matrix = confusion(labels, predicted, num_classes)
     intervals = bootstrap_intervals(matrix)
-    names = {"accuracy": "accuracy", "f1": "macro F1"}
-    names |= {"recall": "macro recall", "precision": "macro precision"}
     figures = [
-        (names[name], f"{value:.4f}", "{:.4f} to {:.4f}".format(*intervals[name]))
+        (METRIC_NAMES[name], f"{value:.4f}", "{:.4f} to {:.4f}".format(*intervals[name]))
         for name, value in summary_from_confusion(matrix).items()
     ]
     aucs = class_aucs(labels, logits, roc_curves(labels, logits))
@@ -1355,7 +1335,7 @@ def _report(predictions: Predictions) -> str:
         (
             *(k, metrics.support),
             *(f"{value:.4f}" for value in (*metrics[:3], area.auc)),
-            f"{area.low:.4f} to {area.high:.4f}",
+            f"{area.auc_low:.4f} to {area.auc_high:.4f}",
         )
         for k, (metrics, area) in enumerate(
             zip(per_class(labels, predicted, num_classes), aucs, strict=True)

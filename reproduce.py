@@ -51,6 +51,7 @@ try:
     import metrics
     import model
     from hyperband import Choice, IntUniform, LogUniform, Uniform
+    from metrics import METRIC_NAMES
 except KeyboardInterrupt:  # importing PyTorch takes seconds
     print("reproduce.py: interrupted before it began", file=sys.stderr)
     raise SystemExit(130) from None
@@ -75,12 +76,6 @@ POSTER_RATIOS = (0.32, 0.05, 0.04, 0.09, 0.07, 0.05, 0.24, 0.15)  # in the legen
 TOLERANCE = {"accuracy": 0.01, "f1": 0.02, "recall": 0.02, "precision": 0.02, "auc": 0.02}
 # How far the logits of one network may lie apart on two machines, as a share of the largest.
 LOGIT_TOLERANCE = 1e-4
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "f1": "macro F1",
-    "recall": "macro recall",
-    "precision": "macro precision",
-}
 
 # ------------------------------------------------------------------------------- the search
 # Batch size, number of features and patience are on the poster, with the values that open each
@@ -898,11 +893,11 @@ def write_metrics(source: Path, target: Path, about: dict[str, Any]) -> dict[str
     matrix = metrics.confusion(labels, predicted, len(names))
     metrics.write_confusion(target / "confusion.csv", matrix)
     per_class = metrics.per_class(labels, predicted, len(names))
-    metrics.write_per_class(target / "per_class.csv", names, per_class)
+    metrics.write_classes(target / "per_class.csv", names, per_class)
     curves = metrics.roc_curves(labels, logits)
     aucs = metrics.class_aucs(labels, logits, curves)
     (target / "roc").mkdir(exist_ok=True)
-    metrics.write_auc(target / "roc" / "auc.csv", names, aucs)
+    metrics.write_classes(target / "roc" / "auc.csv", names, aucs)
     for k, curve in enumerate(curves):
         metrics.write_roc(target / "roc" / f"class_{k}.csv", curve)
     summary = metrics.summary_from_confusion(matrix)
@@ -911,7 +906,7 @@ def write_metrics(source: Path, target: Path, about: dict[str, Any]) -> dict[str
     tolerances = [TOLERANCE[k] for k in POSTER_TABLE]
     if comparable(about):
         for k, (poster, auc) in enumerate(zip(POSTER_AUC, aucs, strict=True)):
-            rows.append((f"AUC of class {k}", poster, auc.auc, auc.low, auc.high))
+            rows.append((f"AUC of class {k}", poster, auc.auc, auc.auc_low, auc.auc_high))
             tolerances.append(TOLERANCE["auc"])
     write_table(target, rows, tolerances, about)
     return summary
