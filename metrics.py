@@ -1310,9 +1310,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             text = _report(read_predictions(path))
-        print(text, end="")
+        print(text, end="", flush=True)
         for warning in caught:
             print(f"metrics.py: warning: {warning.message}", file=sys.stderr)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     except (MetricsError, OSError) as error:
         print(f"metrics.py: error: {error}", file=sys.stderr)
         return 2

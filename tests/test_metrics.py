@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -626,6 +627,16 @@ def test_main_reports_errors_in_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(metrics, "read_predictions", interrupted)
     assert metrics.main(["p.csv"]) == 130
+
+
+def test_main_stops_quietly_where_its_reader_does(tmp_path):
+    write_case(tmp_path / "p.csv")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, metrics.__file__, str(tmp_path / "p.csv")]
+    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_main_says_what_is_undefined(tmp_path, capsys):
