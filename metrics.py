@@ -18,6 +18,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -113,9 +114,11 @@ def _tail(level: float) -> float:
     return (1 - level) / 2
 
 
-def _classes(indices: np.ndarray) -> str:
-    """Name classes in a warning: 'class 3', 'classes 1, 4'."""
-    return ("class " if len(indices) == 1 else "classes ") + ", ".join(map(str, indices))
+def _warn_of(classes: Sequence[int], message: str) -> None:
+    """Warn the caller's caller of these classes, if any: named at the {} of `message`."""
+    if len(classes):
+        named = ("class " if len(classes) == 1 else "classes ") + ", ".join(map(str, classes))
+        warnings.warn(message.format(named), UndefinedMetricWarning, stacklevel=3)
 
 
 # Numbers
@@ -235,12 +238,7 @@ def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
     """
     matrix = _confusion_matrix(matrix)
     missing = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1) == 0)
-    if missing.size:
-        warnings.warn(
-            f"{_classes(missing)} neither in the test set nor predicted: left out of the averages",
-            UndefinedMetricWarning,
-            stacklevel=2,
-        )
+    _warn_of(missing, "{} neither in the test set nor predicted: left out of the averages")
     # Each cell that is not empty stands for its images by its weight; scikit-learn does the rest.
     true, predicted = np.nonzero(matrix)
     weight = matrix[true, predicted]
@@ -288,17 +286,9 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
         sample_weight=matrix[true, predicted],
         zero_division=np.nan,
     )
-    for figure, values, reason in (
-        ("precision", precision, "never predicted"),
-        ("recall", recall, "not in the test set"),
-    ):
-        undefined = np.flatnonzero(np.isnan(values))
-        if undefined.size:
-            warnings.warn(
-                f"{figure} is undefined for {_classes(undefined)}: {reason}",
-                UndefinedMetricWarning,
-                stacklevel=2,
-            )
+    uncalled, absent = np.flatnonzero(np.isnan(precision)), np.flatnonzero(np.isnan(recall))
+    _warn_of(uncalled, "precision is undefined for {}: never predicted")
+    _warn_of(absent, "recall is undefined for {}: not in the test set")
     return [
         ClassMetrics(float(p), float(r), float(f), int(n))
         for p, r, f, n in zip(precision, recall, f1, support, strict=True)
@@ -349,21 +339,15 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     labels = _class_indices("labels", labels, scores.shape[1])
     _same_length("labels", len(labels), "rows of scores", len(scores))
     curves = []
-    undefined = []
     for index in range(scores.shape[1]):
         positive = labels == index
         if positive.all() or not positive.any():
-            undefined.append(index)
-            curves.append(RocCurve(np.empty(0), np.empty(0), np.empty(0), float("nan")))
-            continue
-        fpr, tpr, thresholds = roc_curve(positive, scores[:, index])
-        curves.append(RocCurve(fpr, tpr, thresholds, float(auc(fpr, tpr))))
-    if undefined:
-        warnings.warn(
-            f"the ROC curve is undefined for {_classes(undefined)}: none or all of the test images",
-            UndefinedMetricWarning,
-            stacklevel=2,
-        )
+            curves.append(RocCurve(np.empty(0), np.empty(0), np.empty(0), math.nan))
+        else:
+            fpr, tpr, thresholds = roc_curve(positive, scores[:, index])
+            curves.append(RocCurve(fpr, tpr, thresholds, float(auc(fpr, tpr))))
+    undefined = [index for index, curve in enumerate(curves) if not len(curve.fpr)]
+    _warn_of(undefined, "the ROC curve is undefined for {}: none or all of the test images")
     return curves
 
 
@@ -411,47 +395,29 @@ def bootstrap_intervals(
         raise MetricsError(f"{replicates} replicates; give at least 1")
     generator = np.random.default_rng(seed)
     true, predicted = np.nonzero(matrix)
+    of_true, of_predicted = np.eye(len(matrix))[true], np.eye(len(matrix))[predicted]
     share = matrix[true, predicted] / matrix.sum()
     step = max(1, 2**22 // len(share))  # at most 32 MiB of counts at a time
-    figures = np.concatenate(
-        [
-            _summaries(
-                generator.multinomial(matrix.sum(), share, size=min(step, replicates - start)),
-                true,
-                predicted,
-                len(matrix),
+    figures = []
+    for start in range(0, replicates, step):
+        counts = generator.multinomial(matrix.sum(), share, size=min(step, replicates - start))
+        counts = counts.astype(np.float64)  # whole numbers still, and a matrix product that is fast
+        support, calls = counts @ of_true, counts @ of_predicted  # (B, K)
+        hits = counts @ (of_true * of_predicted)
+        present = (support + calls > 0).sum(axis=1)
+        accuracy = hits.sum(axis=1) / matrix.sum()
+        # A numerator is 0 wherever its denominator is; so this is zero_division=0.
+        macro = [
+            (numerator / np.maximum(denominator, 1)).sum(axis=1) / present
+            for numerator, denominator in (
+                (2 * hits, support + calls),
+                (hits, support),
+                (hits, calls),
             )
-            for start in range(0, replicates, step)
         ]
-    )
-    low, high = np.quantile(figures, [tail, 1 - tail], axis=0)
-    pairs = zip(low.tolist(), high.tolist(), strict=True)
-    return dict(zip(METRIC_NAMES, pairs, strict=True))
-
-
-def _summaries(
-    counts: np.ndarray, true: np.ndarray, predicted: np.ndarray, num_classes: int
-) -> np.ndarray:
-    """Return (B, 4) figures, in `summary`'s order, of B matrices given by their (B, C) cells."""
-    identity = np.eye(num_classes)
-    counts = counts.astype(np.float64)  # whole numbers still, and a matrix product that is fast
-    support = counts @ identity[true]  # (B, K)
-    calls = counts @ identity[predicted]
-    hits = counts @ (identity[true] * identity[predicted])
-    present = (support + calls > 0).sum(axis=1)
-
-    def macro(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-        # The numerator is 0 wherever the denominator is; so this is zero_division=0.
-        return (numerator / np.maximum(denominator, 1)).sum(axis=1) / present
-
-    return np.column_stack(
-        [
-            hits.sum(axis=1) / support.sum(axis=1),
-            macro(2 * hits, support + calls),
-            macro(hits, support),
-            macro(hits, calls),
-        ]
-    )
+        figures.append(np.column_stack([accuracy, *macro]))
+    intervals = np.quantile(np.concatenate(figures), [tail, 1 - tail], axis=0).T
+    return dict(zip(METRIC_NAMES, map(tuple, intervals.tolist()), strict=True))
 
 
 def delong_interval(
@@ -495,7 +461,7 @@ def delong_interval(
         raise MetricsError("the scores are not all finite numbers; give finite ones")
     cases, controls = np.sort(scores[positive]), np.sort(scores[~positive])
     if not len(cases) or not len(controls):
-        return float("nan"), float("nan"), float("nan")
+        return math.nan, math.nan, math.nan
 
     def share_below(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
         # A tie counts half: the difference of a value's midranks among all and among its own.
@@ -505,7 +471,7 @@ def delong_interval(
     over_controls, over_cases = share_below(cases, controls), share_below(controls, cases)
     area = float(over_controls.mean())
     if len(cases) < 2 or len(controls) < 2:
-        return area, float("nan"), float("nan")
+        return area, math.nan, math.nan
     variance = over_controls.var(ddof=1) / len(cases) + over_cases.var(ddof=1) / len(controls)
     reach = NormalDist().inv_cdf(1 - tail) * float(np.sqrt(variance))
     return area, max(0.0, area - reach), min(1.0, area + reach)
@@ -547,10 +513,9 @@ def class_aucs(
     for index, curve in enumerate(curves):
         positive = labels == index
         _, low, high = delong_interval(positive, logits[:, index], level)
-        area = float("nan")
-        if len(curve.fpr):
-            area = float(roc_auc_score(positive, probabilities[:, index]))
-        rows.append(ClassAuc(curve.auc, low, high, area, int(positive.sum())))
+        defined = len(curve.fpr) > 0
+        of_softmax = roc_auc_score(positive, probabilities[:, index]) if defined else math.nan
+        rows.append(ClassAuc(curve.auc, low, high, float(of_softmax), int(positive.sum())))
     return rows
 
 
@@ -676,26 +641,26 @@ def read_csv(path: PathLike, header: Sequence[str]) -> list[list[str]]:
         raise MetricsError(
             f"{path}: row 1 is {_shown(','.join(rows[0]))}; the header must be {','.join(header)}"
         )
-    for number, row in enumerate(rows[1:], start=2):
-        _check_cells(path, number, header, [_TEXT] * len(header), row)
+    _check_cells(path, header, [_TEXT] * len(header), rows[1:])
     return rows[1:]
 
 
 def _check_cells(
-    path: PathLike, number: int, columns: Sequence[str], patterns: Sequence[str], row: Sequence[str]
+    path: PathLike, header: Sequence[str], patterns: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Raise MetricsError naming the first cell of a row that is not of its column's pattern."""
-    if len(row) != len(columns):
-        raise MetricsError(
-            f"{path}: row {number} has {len(row)} cells for {len(columns)} columns; "
-            "write the file again"
-        )
-    for column, pattern, cell in zip(columns, patterns, row, strict=True):
-        if not re.fullmatch(pattern, cell):
+    """Raise MetricsError naming the first cell that is not of its column's pattern."""
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
             raise MetricsError(
-                f"{path}: row {number}, column {column}: {_shown(cell)} is not {_KINDS[pattern]}; "
+                f"{path}: row {number} has {len(row)} cells for {len(header)} columns; "
                 "write the file again"
             )
+        for column, pattern, cell in zip(header, patterns, row, strict=True):
+            if not re.fullmatch(pattern, cell):
+                raise MetricsError(
+                    f"{path}: row {number}, column {column}: {_shown(cell)} is not "
+                    f"{_KINDS[pattern]}; write the file again"
+                )
 
 
 def _shown(text: str) -> str:
@@ -710,29 +675,28 @@ def _check_predictions(path: PathLike, predictions: Predictions) -> None:
     """Raise MetricsError naming file, row and column unless all is in range and agrees."""
     ids, labels, predicted, logits = predictions
     num_classes = logits.shape[1]
-
-    def refuse(row: int, column: str, what: str) -> None:
-        raise MetricsError(f"{path}: row {row + 2}, column {column}: {what}")
-
     wrong = np.argwhere(~np.isfinite(logits))
     if wrong.size:
         row, column = wrong[0]
-        refuse(row, f"logit_{column}", "not a finite float32; write finite logits")
-    for column, values in (("label", labels), ("predicted", predicted)):
-        wrong = np.flatnonzero((values < 0) | (values >= num_classes))
-        if wrong.size:
-            what = f"{values[wrong[0]]} is no class; with {num_classes} logits classes are "
-            refuse(wrong[0], column, f"{what}0 to {num_classes - 1}")
-    wrong = np.flatnonzero(predicted != logits.argmax(axis=1))
-    if wrong.size:
-        what = f"{predicted[wrong[0]]} is not the class of the highest logit, "
-        refuse(
-            wrong[0], "predicted", f"{what}{logits[wrong[0]].argmax()}; predict the first maximum"
+        raise MetricsError(
+            f"{path}: row {row + 2}, column logit_{column}: not a finite float32; "
+            "write finite logits"
         )
-    _, first = np.unique(ids, return_index=True)
-    if len(first) != len(ids):
-        wrong = np.setdiff1d(np.arange(len(ids)), first)
-        refuse(wrong[0], "id", f"{ids[wrong[0]]} stands in an earlier row too; give each image one")
+    highest = logits.argmax(axis=1)
+    repeated = np.full(len(ids), True)
+    repeated[np.unique(ids, return_index=True)[1]] = False
+    no_class = f"is no class; with {num_classes} logits classes are 0 to {num_classes - 1}"
+    no_maximum = "is not the class of the highest logit, {}; predict the first maximum"
+    for column, values, wrong, problem in (
+        ("label", labels, (labels < 0) | (labels >= num_classes), no_class),
+        ("predicted", predicted, (predicted < 0) | (predicted >= num_classes), no_class),
+        ("predicted", predicted, predicted != highest, no_maximum),
+        ("id", ids, repeated, "stands in an earlier row too; give each image one"),
+    ):
+        if wrong.any():
+            row = wrong.argmax()
+            problem = f"{values[row]} {problem.format(highest[row])}"
+            raise MetricsError(f"{path}: row {row + 2}, column {column}: {problem}")
 
 
 def write_predictions(
@@ -809,10 +773,8 @@ def read_predictions(path: PathLike) -> Predictions:
     if not lines:
         raise MetricsError(f"{path}: no row below the header; write the file again")
     patterns = [_INTEGER] * 3 + [_DECIMAL] * num_classes
-    match = re.compile(",".join(patterns)).fullmatch
-    for number, line in enumerate(lines, start=2):
-        if not match(line):
-            _check_cells(path, number, columns, patterns, line.split(","))
+    if not all(map(re.compile(",".join(patterns)).fullmatch, lines)):  # by cell it takes longer
+        _check_cells(path, columns, patterns, (line.split(",") for line in lines))
     cells = list(zip(*(line.split(",") for line in lines), strict=True))  # by column
     integers = np.array([list(map(int, column)) for column in cells[:3]], dtype=np.int64)
     with np.errstate(over="ignore"):  # what overflows is refused below, by row and column
@@ -850,8 +812,7 @@ def read_confusion(path: PathLike) -> np.ndarray:
     num_classes = max(2, _read_text(path).split("\n", 1)[0].count(","))
     header = ["label", *(f"predicted_{k}" for k in range(num_classes))]
     rows = read_csv(path, header)
-    for number, row in enumerate(rows, start=2):
-        _check_cells(path, number, header, [_INTEGER] * len(header), row)
+    _check_cells(path, header, [_INTEGER] * len(header), rows)
     cells = np.array([list(map(int, row)) for row in rows], dtype=np.int64).reshape(-1, len(header))
     if cells[:, 0].tolist() != list(range(num_classes)):
         raise MetricsError(
@@ -959,8 +920,7 @@ def _columns(
     if len(rows) < least:
         raise MetricsError(f"{path}: no row below the header; write the file again")
     patterns = [_TEXT if name == text else _NUMBER for name in header]
-    for number, row in enumerate(rows, start=2):
-        _check_cells(path, number, header, patterns, row)
+    _check_cells(path, header, patterns, rows)
     columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
     return {
         name: cells if name == text else np.array(list(map(float, cells)))
@@ -1052,7 +1012,7 @@ def draw_roc(
     num_classes = len(support)
     _same_length(f"classes in {auc_csv}", len(areas["auc"]), "elsewhere", num_classes)
     if reference_auc is None:
-        reference_auc = [float("nan")] * num_classes
+        reference_auc = [math.nan] * num_classes
     _same_length("reference AUCs", len(reference_auc), "classes", num_classes)
     curves = [
         _columns(Path(roc_folder) / f"class_{k}.csv", ROC_HEADER, least=0)
@@ -1121,8 +1081,8 @@ def _read_trials(path: PathLike) -> dict[tuple, list[tuple[float, float]]]:
         try:
             record = json.loads(line)
             loss = record["loss"]
-            point = float(record["resource"]), float("nan") if loss is None else float(loss)
-            if not 0 < point[0] < float("inf"):
+            point = float(record["resource"]), math.nan if loss is None else float(loss)
+            if not 0 < point[0] < math.inf:
                 raise ValueError(f"resource {record['resource']}")
             trials.setdefault((record["bracket"], record["trial"]), []).append(point)
         except (ValueError, TypeError, KeyError) as error:
