@@ -406,15 +406,9 @@ def bootstrap_intervals(
         hits = counts @ (of_true * of_predicted)
         present = (support + calls > 0).sum(axis=1)
         accuracy = hits.sum(axis=1) / matrix.sum()
-        # A numerator is 0 wherever its denominator is; so this is zero_division=0.
-        macro = [
-            (numerator / np.maximum(denominator, 1)).sum(axis=1) / present
-            for numerator, denominator in (
-                (2 * hits, support + calls),
-                (hits, support),
-                (hits, calls),
-            )
-        ]
+        shares = ((2 * hits, support + calls), (hits, support), (hits, calls))
+        # A share's first is 0 wherever its second is; so this is zero_division=0.
+        macro = [(part / np.maximum(whole, 1)).sum(axis=1) / present for part, whole in shares]
         figures.append(np.column_stack([accuracy, *macro]))
     intervals = np.quantile(np.concatenate(figures), [tail, 1 - tail], axis=0).T
     return dict(zip(METRIC_NAMES, map(tuple, intervals.tolist()), strict=True))
@@ -878,10 +872,13 @@ SCALING_HEADER = (
 # Okabe & Ito, Color Universal Design, 2008: told apart by colour-blind readers and in grey print.
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _PURPLE, _SKY, _GREY = "#CC79A7", "#56B4E9", "#999999"
-_LINES = (  # colour, line style, marker
-    *((_BLUE, "-", "o"), (_ORANGE, "--", "s"), (_GREEN, "-.", "^"), (_RED, ":", "D")),
-    *((_PURPLE, "-", "v"), (_SKY, "--", "P")),
-)
+_LINES = [
+    {"color": color, "linestyle": line, "marker": marker}
+    for color, line, marker in (
+        *((_BLUE, "-", "o"), (_ORANGE, "--", "s"), (_GREEN, "-.", "^"), (_RED, ":", "D")),
+        *((_PURPLE, "-", "v"), (_SKY, "--", "P")),
+    )
+]
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -910,6 +907,12 @@ def _figure(stem: PathLike, width: float, height: float) -> Iterator[Any]:
             picture = io.BytesIO()
             figure.savefig(picture, format=kind, metadata=metadata)
             write_atomically(f"{os.fspath(stem)}.{kind}", picture.getvalue())
+
+
+def _legend_above(figure: Any, axes: Any, columns: int) -> None:
+    """Set the legend of `axes` above all panels, with an entry a label."""
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
 def _columns(
@@ -954,8 +957,7 @@ def draw_class_ratios(per_class_csv: PathLike, stem: PathLike) -> None:
         axes.invert_yaxis()  # class 0 on top, as in the tables
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"class ratio (of {support.sum():,.0f} test images)")
-        axes.set_ylabel("class")
+        axes.set(xlabel=f"class ratio (of {support.sum():,.0f} test images)", ylabel="class")
 
 
 def draw_confusion(confusion_csv: PathLike, stem: PathLike) -> None:
@@ -973,15 +975,12 @@ def draw_confusion(confusion_csv: PathLike, stem: PathLike) -> None:
             color = "white" if share[row, column] > 0.5 else "black"
             count = str(matrix[row, column])
             axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-        axes.set_xticks(range(num_classes))
-        axes.set_yticks(range(num_classes))
+        axes.set(xticks=range(num_classes), yticks=range(num_classes))
+        axes.set(xlabel="predicted class", ylabel="true class")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.set_xlabel("predicted class")
-        axes.set_ylabel("true class")
-        figure.colorbar(image, label="share of the true class", shrink=0.8).outline.set_visible(
-            False
-        )
+        bar = figure.colorbar(image, label="share of the true class", shrink=0.8)
+        bar.outline.set_visible(False)
 
 
 def draw_roc(
@@ -1048,30 +1047,20 @@ def draw_history(history_csv: PathLike, stem: PathLike) -> None:
     history = _columns(history_csv, HISTORY_HEADER)
     epochs = history["epoch"]
     drops = epochs[1:][np.diff(history["learning_rate"]) < 0]
+    parts = {"train": "training", "valid": "validation"}
+    size = 3 if len(epochs) <= 30 else 0  # more markers would hide the line
     with _figure(stem, 7.2, 2.9) as figure:
         panels = figure.subplots(1, 2)
         for axes, quantity in zip(panels, ("accuracy", "loss"), strict=True):
-            for part, name, (color, line, marker) in zip(
-                ("train", "valid"), ("training", "validation"), _LINES, strict=False
-            ):
-                axes.plot(
-                    epochs,
-                    history[f"{part}_{quantity}"],
-                    color=color,
-                    linestyle=line,
-                    marker=marker if len(epochs) <= 30 else "",
-                    markersize=3,
-                    label=name,
-                )
+            for (part, label), style in zip(parts.items(), _LINES, strict=False):
+                values = history[f"{part}_{quantity}"]
+                axes.plot(epochs, values, **style, markersize=size, label=label)
+            label = "learning rate drops"
             for drop in drops:
-                axes.axvline(
-                    drop, color=_GREY, linewidth=0.6, zorder=0, label="learning rate drops"
-                )
+                axes.axvline(drop, color=_GREY, linewidth=0.6, zorder=0, label=label)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(quantity)
-        handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+            axes.set(xlabel="epoch", ylabel=quantity)
+        _legend_above(figure, panels[0], columns=3)
 
 
 def _read_trials(path: PathLike) -> dict[tuple, list[tuple[float, float]]]:
@@ -1113,53 +1102,38 @@ def draw_search(tuning_jsonl: PathLike, stem: PathLike) -> None:
     for (bracket, _), path in trials.items():
         last[bracket] = max(last.get(bracket, 0), *(resource for resource, _ in path))
     survivors = {
-        key: min(loss for resource, loss in path if resource == last[key[0]])
-        for key, path in trials.items()
-        if any(resource == last[key[0]] and np.isfinite(loss) for resource, loss in path)
+        (bracket, trial): loss
+        for (bracket, trial), path in trials.items()
+        for resource, loss in path
+        if resource == last[bracket] and np.isfinite(loss)
     }
     best = min(survivors, key=survivors.get, default=None)
     losses = np.array([loss for _, loss in points if np.isfinite(loss)])
+    failed = [resource for resource, loss in points if not np.isfinite(loss)]
     with _figure(stem, 7.2, 3.9) as figure:
         axes = figure.subplots()
         # The highlighted lines come last, so that they lie on top.
         for key in sorted(trials, key=lambda key: (key in survivors, key == best)):
-            color, width, label = _GREY, 0.8, "stopped earlier"
+            color, width, marker, label = _GREY, 0.8, ".", "stopped earlier"
             if key in survivors:
-                color, width, label = _BLUE, 1.5, "in the last rung"
+                color, width, marker, label = _BLUE, 1.5, "o", "in the last rung"
             if key == best:
-                color, width, label = _RED, 2.2, "lowest loss there"
-            path = sorted(trials[key])
-            marker = {_GREY: ".", _BLUE: "o", _RED: "s"}[color]
-            axes.plot(
-                *zip(*path, strict=True),
-                color=color,
-                linewidth=width,
-                marker=marker,
-                markersize=4,
-                label=label,
-            )
-        failed = [resource for resource, loss in points if not np.isfinite(loss)]
+                color, width, marker, label = _RED, 2.2, "s", "lowest loss there"
+            style = {"color": color, "linewidth": width, "marker": marker, "markersize": 4}
+            axes.plot(*zip(*sorted(trials[key]), strict=True), **style, label=label)
         if failed:
-            axes.plot(
-                failed,
-                np.ones(len(failed)),
-                transform=axes.get_xaxis_transform(),
-                color="black",
-                marker="x",
-                linestyle="",
-                clip_on=False,
-                label=f"failed ({len(failed)})",
-            )
+            cross = {"color": "black", "marker": "x", "linestyle": "", "clip_on": False}
+            edge = axes.get_xaxis_transform()
+            label = f"failed ({len(failed)})"
+            axes.plot(failed, np.ones(len(failed)), transform=edge, **cross, label=label)
         axes.set_xscale("log")
         axes.set_xticks(resources, [f"{resource:g}" for resource in resources])
         axes.set_xticks([], minor=True)
         if losses.size and losses.min() > 0 and losses.max() > 10 * np.median(losses):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("resource (epochs)")
-        axes.set_ylabel("validation loss")
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+        axes.set(xlabel="resource (epochs)", ylabel="validation loss")
+        _legend_above(figure, axes, columns=4)
 
 
 def draw_scaling(scaling_csv: PathLike, stem: PathLike) -> None:
@@ -1174,26 +1148,18 @@ def draw_scaling(scaling_csv: PathLike, stem: PathLike) -> None:
     with _figure(stem, 7.2, 2.9) as figure:
         panels = figure.subplots(1, 3)
         for axes, (column, label) in zip(panels, quantities.items(), strict=True):
-            for system, (color, line, marker) in zip(systems, itertools.cycle(_LINES)):
+            for system, style in zip(systems, itertools.cycle(_LINES)):
                 rows = np.flatnonzero(np.array(table["system"]) == system)
                 rows = rows[np.argsort(table["images"][rows])]
-                axes.plot(
-                    table["images"][rows],
-                    table[column][rows],
-                    color=color,
-                    linestyle=line,
-                    marker=marker,
-                    markersize=4,
-                    label=system,
-                )
+                images, values = table["images"][rows], table[column][rows]
+                axes.plot(images, values, **style, markersize=4, label=system)
             axes.set(xscale="log", yscale="log", xlabel="training images", ylabel=label)
             for axis in (axes.xaxis, axes.yaxis):
                 if np.ptp(np.log10(axis.get_view_interval())) < 2:
                     axis.get_major_locator().set_params(subs=(1, 2, 5))
                 axis.set_major_formatter("{x:,.10g}")
                 axis.set_minor_formatter("")
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=min(5, len(systems)))
+        _legend_above(figure, panels[0], columns=min(5, len(systems)))
 
 
 def draw_samples(
@@ -1224,22 +1190,17 @@ def draw_samples(
         If the images have another shape or type, or the labels don't belong to them.
     """
     labels = _class_indices("labels", labels, len(class_names))
-    if (
-        images.dtype != np.uint8
-        or images.ndim not in (3, 4)
-        or images.shape[3:] not in ((), (1,), (3,))
-    ):
+    channels = images.shape[3:]
+    if images.dtype != np.uint8 or images.ndim < 3 or channels not in ((), (1,), (3,)):
         raise MetricsError(
             f"the images have the type {images.dtype} and shape {images.shape}; "
             "give uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
         )
     _same_length("labels", len(labels), "images", len(images))
-    if images.ndim == 3:
-        images = images[..., np.newaxis]
-    _, high, wide, channels = images.shape
+    high, wide = images.shape[1:3]
     gap = max(1, wide // 14)
-    shape = len(class_names) * (high + gap) - gap, per_class * (wide + gap) - gap, channels
-    sheet = np.full(shape, 255, dtype=np.uint8)
+    shape = len(class_names) * (high + gap) - gap, per_class * (wide + gap) - gap
+    sheet = np.full(shape + channels, 255, dtype=np.uint8)
     for k in range(len(class_names)):
         for place, index in enumerate(np.flatnonzero(labels == k)[:per_class]):
             top, left = k * (high + gap), place * (wide + gap)
@@ -1247,7 +1208,7 @@ def draw_samples(
     names = [_class_title(k, name, 26) for k, name in enumerate(class_names)]
     with _figure(stem, 2 + 0.6 * per_class, 0.2 + 0.6 * len(names) * high / wide) as figure:
         axes = figure.subplots()
-        axes.imshow(sheet.squeeze(-1) if channels == 1 else sheet, cmap="gray", vmin=0, vmax=255)
+        axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
         axes.set_yticks((high - 1) / 2 + (high + gap) * np.arange(len(names)), names)
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
