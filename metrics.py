@@ -7,7 +7,12 @@ them as CSV files and as figures. For 50,000 images and 8 classes the numbers an
 
 ``python metrics.py predictions.csv`` prints the table of a predictions file.
 
-Needs numpy and scikit-learn, and matplotlib only for the figures. Bad input raises `MetricsError`.
+Needs numpy and scikit-learn, and matplotlib only for the figures.
+
+Every function raises `MetricsError` for bad input: an array of another shape, type or range than
+its docstring gives, a file that is damaged or another than it should be. It raises OSError for a
+file that can't be read or written, and warns by scikit-learn's UndefinedMetricWarning where it
+says so.
 """
 
 from __future__ import annotations
@@ -170,7 +175,7 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.n
 
     Parameters
     ----------
-    labels, predicted : (N,) integers
+    labels, predicted : (N,) integers, N > 0
         True and predicted class indices, 0 to `num_classes` - 1.
     num_classes : int
         K, at least 2.
@@ -179,11 +184,6 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.n
     -------
     (K, K) int64
         Rows are true classes, columns predicted ones.
-
-    Raises
-    ------
-    MetricsError
-        If an array is empty, not integer, out of range, or the two differ in length.
     """
     labels = _class_indices("labels", labels, num_classes)
     predicted = _class_indices("predicted", predicted, num_classes)
@@ -194,48 +194,21 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.n
 def summary(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> dict[str, float]:
     """Return accuracy and the macro averages of F1, recall and precision.
 
-    The macro average is over the classes that occur in `labels` or `predicted`, as in
-    scikit-learn; a class never predicted has precision 0, one without test images recall 0
-    (``zero_division=0``). A class that occurs in neither is left out with a warning.
-
-    Parameters
-    ----------
-    labels, predicted : (N,) integers
-        True and predicted class indices, 0 to `num_classes` - 1.
-    num_classes : int
-        K, at least 2.
+    The arguments are those of `confusion`. The macro average is over the classes that occur in
+    `labels` or `predicted`, as in scikit-learn; a class never predicted has precision 0, one
+    without test images recall 0 (``zero_division=0``). A class that occurs in neither is left out
+    with a warning.
 
     Returns
     -------
     dict
         "accuracy", "f1", "recall", "precision": float, 0..1.
-
-    Raises
-    ------
-    MetricsError
-        If an array is empty, not integer, out of range, or the two differ in length.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If a class is in neither array.
     """
     return summary_from_confusion(confusion(labels, predicted, num_classes))
 
 
 def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
-    """Return what `summary` returns, from a (K, K) confusion matrix of integers.
-
-    Raises
-    ------
-    MetricsError
-        If the matrix is not square, not of non-negative integers, or empty.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If the row and the column of a class are both 0.
-    """
+    """Return what `summary` returns, from a (K, K) matrix of counts, K > 1, not all of them 0."""
     matrix = _confusion_matrix(matrix)
     missing = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1) == 0)
     _warn_of(missing, "{} neither in the test set nor predicted: left out of the averages")
@@ -250,32 +223,10 @@ def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
 
 
 def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list[ClassMetrics]:
-    """Return precision, recall, F1 and support of each class.
+    """Return precision, recall, F1 and support of each of the K classes.
 
-    Precision is NaN for a class that is never predicted, recall for one without test images, F1
-    where both are.
-
-    Parameters
-    ----------
-    labels, predicted : (N,) integers
-        True and predicted class indices, 0 to `num_classes` - 1.
-    num_classes : int
-        K, at least 2.
-
-    Returns
-    -------
-    list of ClassMetrics
-        One for each of the K classes.
-
-    Raises
-    ------
-    MetricsError
-        If an array is empty, not integer, out of range, or the two differ in length.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If a figure is NaN.
+    The arguments are those of `confusion`. Precision is NaN for a class that is never predicted,
+    recall for one without test images, F1 where both are; there is a warning of each.
     """
     matrix = confusion(labels, predicted, num_classes)
     true, predicted = np.nonzero(matrix)
@@ -296,13 +247,7 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
 
 
 def softmax(logits: ArrayLike) -> np.ndarray:
-    """Return the softmax of each row of (N, K) logits as float64, without overflow.
-
-    Raises
-    ------
-    MetricsError
-        If `logits` is not a (N, K) array of finite numbers.
-    """
+    """Return the softmax of each row of (N, K) finite logits as float64, without overflow."""
     shifted = _logits(logits).astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
@@ -317,23 +262,14 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     labels : (N,) integers
         True class indices, 0 to K - 1.
     scores : (N, K) floats
-        The score of each class: raw logits, as the poster's authors did, or `softmax` of them.
-        The two give different curves, because softmax compares a logit with the others.
+        The finite score of each class: raw logits, as the poster's authors did, or `softmax` of
+        them. The two give different curves, because softmax compares a logit with the others.
 
     Returns
     -------
     list of RocCurve
-        One for each class; points that no line needs are left out (``drop_intermediate``).
-
-    Raises
-    ------
-    MetricsError
-        If an array has the wrong shape or type, a label is out of range, or a score not finite.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If a class has no test image, or all of them: its curve is empty and its AUC NaN.
+        One for each class; points that no line needs are left out (``drop_intermediate``). Where a
+        class has no test image, or all of them, the curve is empty and there is a warning.
     """
     scores = _logits(scores).astype(np.float64)
     labels = _class_indices("labels", labels, scores.shape[1])
@@ -380,11 +316,6 @@ def bootstrap_intervals(
     dict
         (low, high), 0..1, for each name that `summary` gives.
 
-    Raises
-    ------
-    MetricsError
-        If the matrix is not one, or `replicates` or `level` is out of range.
-
     References
     ----------
     Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
@@ -424,7 +355,7 @@ def delong_interval(
     positive : (N,) bool
         Whether the image is of the class.
     scores : (N,) floats
-        The score of the class; only their order matters.
+        The finite score of the class; only their order matters.
     level : float
         Confidence, between 0 and 1.
 
@@ -433,11 +364,6 @@ def delong_interval(
     auc, low, high : float
         Normal interval, cut to 0..1. The AUC is NaN if none or all of the images are positive, the
         interval is NaN if fewer than two are positive or negative.
-
-    Raises
-    ------
-    MetricsError
-        If the arrays differ in shape, a score is not finite, or `level` is out of range.
 
     References
     ----------
@@ -491,11 +417,6 @@ def class_aucs(
     -------
     list of ClassAuc
         One for each class; NaN where undefined, of which `roc_curves` has warned.
-
-    Raises
-    ------
-    MetricsError
-        If the arrays are not ones that `roc_curves` takes, or there is not a curve a class.
     """
     logits = _logits(logits)
     labels = _class_indices("labels", labels, logits.shape[1])
@@ -582,13 +503,6 @@ def write_csv(path: PathLike, header: Sequence[str], rows: Iterable[Sequence[obj
         Column names.
     rows : iterable of sequences
         Strings, integers and floats (Python's or numpy's), as many a row as there are columns.
-
-    Raises
-    ------
-    MetricsError
-        If a row has another number of cells than the header.
-    OSError
-        If the file can't be written.
     """
     rows = list(rows)
     for number, row in enumerate(rows, start=2):
@@ -605,27 +519,9 @@ def write_csv(path: PathLike, header: Sequence[str], rows: Iterable[Sequence[obj
 
 
 def read_csv(path: PathLike, header: Sequence[str]) -> list[list[str]]:
-    """Read a CSV file that must have exactly this header.
+    """Return the rows of a CSV file that must have exactly this header, and a cell a column.
 
-    Parameters
-    ----------
-    path : path
-        The file.
-    header : sequence of str
-        The column names it must have.
-
-    Returns
-    -------
-    list of lists of str
-        The rows below the header, each with one cell a column.
-
-    Raises
-    ------
-    MetricsError
-        If the file is empty, damaged, has another header, or a row another number of cells; rows
-        are numbered as in an editor, the header being row 1.
-    OSError
-        If the file can't be read.
+    Error messages count the header as row 1.
     """
     try:
         rows = list(csv.reader(io.StringIO(_read_text(path), newline=""), strict=True))
@@ -708,13 +604,6 @@ def write_predictions(
         True and predicted class indices, 0 to K - 1; `predicted` is the first maximum of `logits`.
     logits : (N, K) floats
         Raw logits, finite as float32.
-
-    Raises
-    ------
-    MetricsError
-        If an array breaks what is said above; `read_predictions` would refuse the file.
-    OSError
-        If the file can't be written.
     """
     logits = _logits(logits)
     with np.errstate(over="ignore"):  # what overflows is refused below, by row and column
@@ -749,12 +638,8 @@ def read_predictions(path: PathLike) -> Predictions:
     Raises
     ------
     MetricsError
-        If the file is empty, damaged, or not consistent: another header, a cell that is not a
-        number, a logit that is not finite, a label or prediction out of range, a prediction that
-        is not the first maximum of its logits, an id that comes twice. Names file, row and column;
-        the header is row 1.
-    OSError
-        If the file can't be read.
+        If the file is damaged, or breaks what `write_predictions` asks of its arguments. Names
+        file, row and column; the header is row 1.
     """
     header, *lines = _read_text(path).split("\n")[:-1]
     columns = header.split(",")
@@ -779,30 +664,14 @@ def read_predictions(path: PathLike) -> Predictions:
 
 
 def write_confusion(path: PathLike, matrix: ArrayLike) -> None:
-    """Write a (K, K) confusion matrix: `label,predicted_0,...`, one row a true class.
-
-    Raises
-    ------
-    MetricsError
-        If `matrix` is not a confusion matrix.
-    OSError
-        If the file can't be written.
-    """
+    """Write a (K, K) confusion matrix: `label,predicted_0,...`, one row a true class."""
     matrix = _confusion_matrix(matrix)
     header = ["label", *(f"predicted_{k}" for k in range(len(matrix)))]
     write_csv(path, header, [[k, *row] for k, row in enumerate(matrix.tolist())])
 
 
 def read_confusion(path: PathLike) -> np.ndarray:
-    """Read what `write_confusion` wrote, as (K, K) int64.
-
-    Raises
-    ------
-    MetricsError
-        If the file is damaged or holds no confusion matrix.
-    OSError
-        If the file can't be read.
-    """
+    """Read what `write_confusion` wrote, as (K, K) int64."""
     num_classes = max(2, _read_text(path).split("\n", 1)[0].count(","))
     header = ["label", *(f"predicted_{k}" for k in range(num_classes))]
     rows = read_csv(path, header)
@@ -829,13 +698,7 @@ def write_classes(
 
 
 def write_roc(path: PathLike, curve: RocCurve) -> None:
-    """Write the points of a ROC curve: `fpr,tpr,threshold`; the first threshold is "inf".
-
-    Raises
-    ------
-    OSError
-        If the file can't be written.
-    """
+    """Write the points of a ROC curve: `fpr,tpr,threshold`; the first threshold is "inf"."""
     columns = (curve.fpr, curve.tpr, curve.thresholds)
     write_csv(path, ROC_HEADER, zip(*(column.tolist() for column in columns), strict=True))
 
@@ -856,9 +719,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 
 # Figures
 #
-# Each is drawn from CSV files alone and written as STEM.png (150 dots an inch) and STEM.svg, the
-# same bytes each time. All raise MetricsError for a damaged file, OSError for one that cannot
-# be read or written, and ImportError where matplotlib is missing.
+# Each is drawn from files alone and written as STEM.png (150 dots an inch) and STEM.svg, the same
+# bytes each time. All raise ImportError where matplotlib is missing.
 
 HISTORY_HEADER = (
     *("epoch", "learning_rate", "train_loss", "valid_loss"),
@@ -1183,11 +1045,6 @@ def draw_samples(
         The figure's, without ".png" and ".svg".
     per_class : int
         Images a row, at least 1.
-
-    Raises
-    ------
-    MetricsError
-        If the images have another shape or type, or the labels don't belong to them.
     """
     labels = _class_indices("labels", labels, len(class_names))
     channels = images.shape[3:]
