@@ -9,10 +9,10 @@ them as CSV files and as figures. For 50,000 images and 8 classes the numbers an
 
 Needs numpy and scikit-learn, and matplotlib only for the figures.
 
-Every function raises `MetricsError` for bad input: an array of another shape, type or range than
-its docstring gives, a file that is damaged or another than it should be. It raises OSError for a
-file that can't be read or written, and warns by scikit-learn's UndefinedMetricWarning where it
-says so.
+All functions raise `MetricsError` for bad input: an array of another shape, type or range than the
+docstring gives, arrays that do not belong together, a file that is damaged or not of its kind; and
+OSError where a file can't be read or written. Where a docstring speaks of a warning, it is
+scikit-learn's UndefinedMetricWarning.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def summary(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> dict[s
 
 
 def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
-    """Return what `summary` returns, from a (K, K) matrix of counts, K > 1, not all of them 0."""
+    """Return what `summary` returns, from a confusion matrix as in `bootstrap_intervals`."""
     matrix = _confusion_matrix(matrix)
     missing = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1) == 0)
     _warn_of(missing, "{} neither in the test set nor predicted: left out of the averages")
@@ -259,9 +259,9 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
 
     Parameters
     ----------
-    labels : (N,) integers
+    labels : (N,) integers, N > 0
         True class indices, 0 to K - 1.
-    scores : (N, K) floats
+    scores : (N, K) floats, K > 1
         The finite score of each class: raw logits, as the poster's authors did, or `softmax` of
         them. The two give different curves, because softmax compares a logit with the others.
 
@@ -303,7 +303,7 @@ def bootstrap_intervals(
     Parameters
     ----------
     matrix : (K, K) integers
-        The confusion matrix.
+        The confusion matrix, K > 1: counts of images, not all of them 0.
     replicates : int
         At least 1.
     seed : int
@@ -337,9 +337,9 @@ def bootstrap_intervals(
         hits = counts @ (of_true * of_predicted)
         present = (support + calls > 0).sum(axis=1)
         accuracy = hits.sum(axis=1) / matrix.sum()
-        shares = ((2 * hits, support + calls), (hits, support), (hits, calls))
-        # A share's first is 0 wherever its second is; so this is zero_division=0.
-        macro = [(part / np.maximum(whole, 1)).sum(axis=1) / present for part, whole in shares]
+        ratios = ((2 * hits, support + calls), (hits, support), (hits, calls))
+        # A ratio's first is 0 wherever its second is; so this is zero_division=0.
+        macro = [(part / np.maximum(whole, 1)).sum(axis=1) / present for part, whole in ratios]
         figures.append(np.column_stack([accuracy, *macro]))
     intervals = np.quantile(np.concatenate(figures), [tail, 1 - tail], axis=0).T
     return dict(zip(METRIC_NAMES, map(tuple, intervals.tolist()), strict=True))
@@ -460,8 +460,8 @@ _KINDS = {_INTEGER: "an integer", _DECIMAL: "a finite number", _NUMBER: "a numbe
 def write_atomically(path: PathLike, content: str | bytes) -> None:
     r"""Write a file so that at no time a part of it stands under its name.
 
-    It is written as NAME.tmp in the same folder, then moved into place, or removed if that fails.
-    Text becomes UTF-8, its "\n" kept, a lone surrogate escaped.
+    It is written as NAME.tmp in the same folder, which must be, and moved into place; if that
+    fails it is removed again. Text becomes UTF-8 with "\n" kept and lone surrogates escaped.
     """
     if isinstance(content, str):
         # A class named after a folder may hold bytes that are no text; they must not cost the file.
@@ -519,9 +519,9 @@ def write_csv(path: PathLike, header: Sequence[str], rows: Iterable[Sequence[obj
 
 
 def read_csv(path: PathLike, header: Sequence[str]) -> list[list[str]]:
-    """Return the rows of a CSV file that must have exactly this header, and a cell a column.
+    """Return the cells of a CSV file, a list a row, below a header that must be exactly `header`.
 
-    Error messages count the header as row 1.
+    Each row must have one cell a column. Errors count rows as editors do, from 1, the header.
     """
     try:
         rows = list(csv.reader(io.StringIO(_read_text(path), newline=""), strict=True))
@@ -690,7 +690,10 @@ def read_confusion(path: PathLike) -> np.ndarray:
 def write_classes(
     path: PathLike, class_names: Sequence[str], rows: Sequence[ClassMetrics] | Sequence[ClassAuc]
 ) -> None:
-    """Write what `per_class` or `class_aucs` returned, under PER_CLASS_HEADER or AUC_HEADER."""
+    """Write what `per_class` or `class_aucs` returned, under PER_CLASS_HEADER or AUC_HEADER.
+
+    There must be a name a class.
+    """
     _same_length("class names", len(class_names), "classes", len(rows))
     named = zip(class_names, rows, strict=True)
     cells = [(k, name, *row) for k, (name, row) in enumerate(named)]
