@@ -7,7 +7,12 @@ them as CSV files and as figures. For 50,000 images and 8 classes the numbers an
 
 ``python metrics.py predictions.csv`` prints the table of a predictions file.
 
-Needs numpy and scikit-learn, and matplotlib only for the figures. Bad input raises `MetricsError`.
+Needs numpy and scikit-learn, and matplotlib only for the figures.
+
+All functions raise `MetricsError` for bad input: an array of another shape, type or range than the
+docstring gives, arrays that do not belong together, a file that is damaged or not of its kind; and
+OSError where a file can't be read or written. Where a docstring speaks of a warning, it is
+scikit-learn's UndefinedMetricWarning.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -113,12 +119,23 @@ def _tail(level: float) -> float:
     return (1 - level) / 2
 
 
-def _classes(indices: np.ndarray) -> str:
-    """Name classes in a warning: 'class 3', 'classes 1, 4'."""
-    return ("class " if len(indices) == 1 else "classes ") + ", ".join(map(str, indices))
+def _warn_of(classes: Sequence[int], message: str) -> None:
+    """Warn the caller's caller of these classes, if any: named at the {} of `message`."""
+    if len(classes):
+        named = ("class " if len(classes) == 1 else "classes ") + ", ".join(map(str, classes))
+        warnings.warn(message.format(named), UndefinedMetricWarning, stacklevel=3)
 
 
 # Numbers
+
+
+# The figures of `summary`, in its order, and what readers call them.
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "macro F1",
+    "recall": "macro recall",
+    "precision": "macro precision",
+}
 
 
 class ClassMetrics(NamedTuple):
@@ -147,8 +164,8 @@ class ClassAuc(NamedTuple):
     """The AUC of one class from raw logits, its interval, and the AUC from softmax, all 0..1."""
 
     auc: float
-    low: float
-    high: float
+    auc_low: float
+    auc_high: float
     auc_softmax: float
     support: int
 
@@ -158,7 +175,7 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.n
 
     Parameters
     ----------
-    labels, predicted : (N,) integers
+    labels, predicted : (N,) integers, N > 0
         True and predicted class indices, 0 to `num_classes` - 1.
     num_classes : int
         K, at least 2.
@@ -167,11 +184,6 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.n
     -------
     (K, K) int64
         Rows are true classes, columns predicted ones.
-
-    Raises
-    ------
-    MetricsError
-        If an array is empty, not integer, out of range, or the two differ in length.
     """
     labels = _class_indices("labels", labels, num_classes)
     predicted = _class_indices("predicted", predicted, num_classes)
@@ -182,56 +194,24 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.n
 def summary(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> dict[str, float]:
     """Return accuracy and the macro averages of F1, recall and precision.
 
-    The macro average is over the classes that occur in `labels` or `predicted`, as in
-    scikit-learn; a class never predicted has precision 0, one without test images recall 0
-    (``zero_division=0``). A class that occurs in neither is left out with a warning.
-
-    Parameters
-    ----------
-    labels, predicted : (N,) integers
-        True and predicted class indices, 0 to `num_classes` - 1.
-    num_classes : int
-        K, at least 2.
+    The arguments are those of `confusion`. The macro average is over the classes that occur in
+    `labels` or `predicted`, as in scikit-learn; a class never predicted has precision 0, one
+    without test images recall 0 (``zero_division=0``). A class that occurs in neither is left out
+    with a warning.
 
     Returns
     -------
     dict
         "accuracy", "f1", "recall", "precision": float, 0..1.
-
-    Raises
-    ------
-    MetricsError
-        If an array is empty, not integer, out of range, or the two differ in length.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If a class is in neither array.
     """
     return summary_from_confusion(confusion(labels, predicted, num_classes))
 
 
 def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
-    """Return what `summary` returns, from a (K, K) confusion matrix of integers.
-
-    Raises
-    ------
-    MetricsError
-        If the matrix is not square, not of non-negative integers, or empty.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If the row and the column of a class are both 0.
-    """
+    """Return what `summary` returns, from a confusion matrix as in `bootstrap_intervals`."""
     matrix = _confusion_matrix(matrix)
     missing = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1) == 0)
-    if missing.size:
-        warnings.warn(
-            f"{_classes(missing)} neither in the test set nor predicted: left out of the averages",
-            UndefinedMetricWarning,
-            stacklevel=2,
-        )
+    _warn_of(missing, "{} neither in the test set nor predicted: left out of the averages")
     # Each cell that is not empty stands for its images by its weight; scikit-learn does the rest.
     true, predicted = np.nonzero(matrix)
     weight = matrix[true, predicted]
@@ -239,37 +219,14 @@ def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
         true, predicted, average="macro", sample_weight=weight, zero_division=0
     )
     accuracy = accuracy_score(true, predicted, sample_weight=weight)
-    figures = {"accuracy": accuracy, "f1": f1, "recall": recall, "precision": precision}
-    return {name: float(value) for name, value in figures.items()}
+    return dict(zip(METRIC_NAMES, map(float, (accuracy, f1, recall, precision)), strict=True))
 
 
 def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list[ClassMetrics]:
-    """Return precision, recall, F1 and support of each class.
+    """Return precision, recall, F1 and support of each of the K classes.
 
-    Precision is NaN for a class that is never predicted, recall for one without test images, F1
-    where both are.
-
-    Parameters
-    ----------
-    labels, predicted : (N,) integers
-        True and predicted class indices, 0 to `num_classes` - 1.
-    num_classes : int
-        K, at least 2.
-
-    Returns
-    -------
-    list of ClassMetrics
-        One for each of the K classes.
-
-    Raises
-    ------
-    MetricsError
-        If an array is empty, not integer, out of range, or the two differ in length.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If a figure is NaN.
+    The arguments are those of `confusion`. Precision is NaN for a class that is never predicted,
+    recall for one without test images, F1 where both are; there is a warning of each.
     """
     matrix = confusion(labels, predicted, num_classes)
     true, predicted = np.nonzero(matrix)
@@ -280,17 +237,9 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
         sample_weight=matrix[true, predicted],
         zero_division=np.nan,
     )
-    for figure, values, reason in (
-        ("precision", precision, "never predicted"),
-        ("recall", recall, "not in the test set"),
-    ):
-        undefined = np.flatnonzero(np.isnan(values))
-        if undefined.size:
-            warnings.warn(
-                f"{figure} is undefined for {_classes(undefined)}: {reason}",
-                UndefinedMetricWarning,
-                stacklevel=2,
-            )
+    uncalled, absent = np.flatnonzero(np.isnan(precision)), np.flatnonzero(np.isnan(recall))
+    _warn_of(uncalled, "precision is undefined for {}: never predicted")
+    _warn_of(absent, "recall is undefined for {}: not in the test set")
     return [
         ClassMetrics(float(p), float(r), float(f), int(n))
         for p, r, f, n in zip(precision, recall, f1, support, strict=True)
@@ -298,13 +247,7 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
 
 
 def softmax(logits: ArrayLike) -> np.ndarray:
-    """Return the softmax of each row of (N, K) logits as float64, without overflow.
-
-    Raises
-    ------
-    MetricsError
-        If `logits` is not a (N, K) array of finite numbers.
-    """
+    """Return the softmax of each row of (N, K) finite logits as float64, without overflow."""
     shifted = _logits(logits).astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
@@ -316,46 +259,31 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
 
     Parameters
     ----------
-    labels : (N,) integers
+    labels : (N,) integers, N > 0
         True class indices, 0 to K - 1.
-    scores : (N, K) floats
-        The score of each class: raw logits, as the poster's authors did, or `softmax` of them.
-        The two give different curves, because softmax compares a logit with the others.
+    scores : (N, K) floats, K > 1
+        The finite score of each class: raw logits, as the poster's authors did, or `softmax` of
+        them. The two give different curves, because softmax compares a logit with the others.
 
     Returns
     -------
     list of RocCurve
-        One for each class; points that no line needs are left out (``drop_intermediate``).
-
-    Raises
-    ------
-    MetricsError
-        If an array has the wrong shape or type, a label is out of range, or a score not finite.
-
-    Warns
-    -----
-    UndefinedMetricWarning
-        If a class has no test image, or all of them: its curve is empty and its AUC NaN.
+        One for each class; points that no line needs are left out (``drop_intermediate``). Where a
+        class has no test image, or all of them, the curve is empty and there is a warning.
     """
     scores = _logits(scores).astype(np.float64)
     labels = _class_indices("labels", labels, scores.shape[1])
     _same_length("labels", len(labels), "rows of scores", len(scores))
     curves = []
-    undefined = []
     for index in range(scores.shape[1]):
         positive = labels == index
         if positive.all() or not positive.any():
-            undefined.append(index)
-            curves.append(RocCurve(np.empty(0), np.empty(0), np.empty(0), float("nan")))
-            continue
-        fpr, tpr, thresholds = roc_curve(positive, scores[:, index])
-        curves.append(RocCurve(fpr, tpr, thresholds, float(auc(fpr, tpr))))
-    if undefined:
-        warnings.warn(
-            f"the ROC curve is undefined for {_classes(undefined)}: none or all of the test images",
-            UndefinedMetricWarning,
-            stacklevel=2,
-        )
+            curves.append(RocCurve(np.empty(0), np.empty(0), np.empty(0), math.nan))
+        else:
+            fpr, tpr, thresholds = roc_curve(positive, scores[:, index])
+            curves.append(RocCurve(fpr, tpr, thresholds, float(auc(fpr, tpr))))
+    undefined = [index for index, curve in enumerate(curves) if not len(curve.fpr)]
+    _warn_of(undefined, "the ROC curve is undefined for {}: none or all of the test images")
     return curves
 
 
@@ -375,7 +303,7 @@ def bootstrap_intervals(
     Parameters
     ----------
     matrix : (K, K) integers
-        The confusion matrix.
+        The confusion matrix, K > 1: counts of images, not all of them 0.
     replicates : int
         At least 1.
     seed : int
@@ -388,11 +316,6 @@ def bootstrap_intervals(
     dict
         (low, high), 0..1, for each name that `summary` gives.
 
-    Raises
-    ------
-    MetricsError
-        If the matrix is not one, or `replicates` or `level` is out of range.
-
     References
     ----------
     Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
@@ -403,47 +326,23 @@ def bootstrap_intervals(
         raise MetricsError(f"{replicates} replicates; give at least 1")
     generator = np.random.default_rng(seed)
     true, predicted = np.nonzero(matrix)
+    of_true, of_predicted = np.eye(len(matrix))[true], np.eye(len(matrix))[predicted]
     share = matrix[true, predicted] / matrix.sum()
     step = max(1, 2**22 // len(share))  # at most 32 MiB of counts at a time
-    figures = np.concatenate(
-        [
-            _summaries(
-                generator.multinomial(matrix.sum(), share, size=min(step, replicates - start)),
-                true,
-                predicted,
-                len(matrix),
-            )
-            for start in range(0, replicates, step)
-        ]
-    )
-    low, high = np.quantile(figures, [tail, 1 - tail], axis=0)
-    names = ("accuracy", "f1", "recall", "precision")
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
-
-
-def _summaries(
-    counts: np.ndarray, true: np.ndarray, predicted: np.ndarray, num_classes: int
-) -> np.ndarray:
-    """Return (B, 4) figures, in `summary`'s order, of B matrices given by their (B, C) cells."""
-    identity = np.eye(num_classes)
-    counts = counts.astype(np.float64)  # whole numbers still, and a matrix product that is fast
-    support = counts @ identity[true]  # (B, K)
-    calls = counts @ identity[predicted]
-    hits = counts @ (identity[true] * identity[predicted])
-    present = (support + calls > 0).sum(axis=1)
-
-    def macro(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-        # The numerator is 0 wherever the denominator is; so this is zero_division=0.
-        return (numerator / np.maximum(denominator, 1)).sum(axis=1) / present
-
-    return np.column_stack(
-        [
-            hits.sum(axis=1) / support.sum(axis=1),
-            macro(2 * hits, support + calls),
-            macro(hits, support),
-            macro(hits, calls),
-        ]
-    )
+    figures = []
+    for start in range(0, replicates, step):
+        counts = generator.multinomial(matrix.sum(), share, size=min(step, replicates - start))
+        counts = counts.astype(np.float64)  # whole numbers still, and a matrix product that is fast
+        support, calls = counts @ of_true, counts @ of_predicted  # (B, K)
+        hits = counts @ (of_true * of_predicted)
+        present = (support + calls > 0).sum(axis=1)
+        accuracy = hits.sum(axis=1) / matrix.sum()
+        ratios = ((2 * hits, support + calls), (hits, support), (hits, calls))
+        # A ratio's first is 0 wherever its second is; so this is zero_division=0.
+        macro = [(part / np.maximum(whole, 1)).sum(axis=1) / present for part, whole in ratios]
+        figures.append(np.column_stack([accuracy, *macro]))
+    intervals = np.quantile(np.concatenate(figures), [tail, 1 - tail], axis=0).T
+    return dict(zip(METRIC_NAMES, map(tuple, intervals.tolist()), strict=True))
 
 
 def delong_interval(
@@ -456,7 +355,7 @@ def delong_interval(
     positive : (N,) bool
         Whether the image is of the class.
     scores : (N,) floats
-        The score of the class; only their order matters.
+        The finite score of the class; only their order matters.
     level : float
         Confidence, between 0 and 1.
 
@@ -465,11 +364,6 @@ def delong_interval(
     auc, low, high : float
         Normal interval, cut to 0..1. The AUC is NaN if none or all of the images are positive, the
         interval is NaN if fewer than two are positive or negative.
-
-    Raises
-    ------
-    MetricsError
-        If the arrays differ in shape, a score is not finite, or `level` is out of range.
 
     References
     ----------
@@ -487,7 +381,7 @@ def delong_interval(
         raise MetricsError("the scores are not all finite numbers; give finite ones")
     cases, controls = np.sort(scores[positive]), np.sort(scores[~positive])
     if not len(cases) or not len(controls):
-        return float("nan"), float("nan"), float("nan")
+        return math.nan, math.nan, math.nan
 
     def share_below(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
         # A tie counts half: the difference of a value's midranks among all and among its own.
@@ -497,7 +391,7 @@ def delong_interval(
     over_controls, over_cases = share_below(cases, controls), share_below(controls, cases)
     area = float(over_controls.mean())
     if len(cases) < 2 or len(controls) < 2:
-        return area, float("nan"), float("nan")
+        return area, math.nan, math.nan
     variance = over_controls.var(ddof=1) / len(cases) + over_cases.var(ddof=1) / len(controls)
     reach = NormalDist().inv_cdf(1 - tail) * float(np.sqrt(variance))
     return area, max(0.0, area - reach), min(1.0, area + reach)
@@ -523,11 +417,6 @@ def class_aucs(
     -------
     list of ClassAuc
         One for each class; NaN where undefined, of which `roc_curves` has warned.
-
-    Raises
-    ------
-    MetricsError
-        If the arrays are not ones that `roc_curves` takes, or there is not a curve a class.
     """
     logits = _logits(logits)
     labels = _class_indices("labels", labels, logits.shape[1])
@@ -539,10 +428,9 @@ def class_aucs(
     for index, curve in enumerate(curves):
         positive = labels == index
         _, low, high = delong_interval(positive, logits[:, index], level)
-        area = float("nan")
-        if len(curve.fpr):
-            area = float(roc_auc_score(positive, probabilities[:, index]))
-        rows.append(ClassAuc(curve.auc, low, high, area, int(positive.sum())))
+        defined = len(curve.fpr) > 0
+        of_softmax = roc_auc_score(positive, probabilities[:, index]) if defined else math.nan
+        rows.append(ClassAuc(curve.auc, low, high, float(of_softmax), int(positive.sum())))
     return rows
 
 
@@ -558,9 +446,9 @@ class Predictions(NamedTuple):
     logits: np.ndarray
 
 
-PER_CLASS_HEADER = ("class", "name", "precision", "recall", "f1", "support")
+PER_CLASS_HEADER = ("class", "name", *ClassMetrics._fields)
+AUC_HEADER = ("class", "name", *ClassAuc._fields)
 ROC_HEADER = ("fpr", "tpr", "threshold")
-AUC_HEADER = ("class", "name", "auc", "auc_low", "auc_high", "auc_softmax", "support")
 
 _INTEGER = r"-?[0-9]{1,18}"  # at most 18 digits always fit an int64
 _DECIMAL = r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
@@ -569,8 +457,15 @@ _TEXT = r"(?s:.*)"
 _KINDS = {_INTEGER: "an integer", _DECIMAL: "a finite number", _NUMBER: "a number"}
 
 
-def _replace(path: PathLike, content: bytes) -> None:
-    """Write `content` so that at no time a part of it stands under the name `path`."""
+def write_atomically(path: PathLike, content: str | bytes) -> None:
+    r"""Write a file so that at no time a part of it stands under its name.
+
+    It is written as NAME.tmp in the same folder, which must be, and moved into place; if that
+    fails it is removed again. Text becomes UTF-8 with "\n" kept and lone surrogates escaped.
+    """
+    if isinstance(content, str):
+        # A class named after a folder may hold bytes that are no text; they must not cost the file.
+        content = content.encode("utf-8", "backslashreplace")
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # a killed process's is written over
     try:
@@ -608,13 +503,6 @@ def write_csv(path: PathLike, header: Sequence[str], rows: Iterable[Sequence[obj
         Column names.
     rows : iterable of sequences
         Strings, integers and floats (Python's or numpy's), as many a row as there are columns.
-
-    Raises
-    ------
-    MetricsError
-        If a row has another number of cells than the header.
-    OSError
-        If the file can't be written.
     """
     rows = list(rows)
     for number, row in enumerate(rows, start=2):
@@ -627,32 +515,13 @@ def write_csv(path: PathLike, header: Sequence[str], rows: Iterable[Sequence[obj
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)  # str() of a float is its shortest text that reads back exactly
-    # A class named after a folder may hold bytes that are no text; they must not cost the file.
-    _replace(path, text.getvalue().encode("utf-8", "backslashreplace"))
+    write_atomically(path, text.getvalue())
 
 
 def read_csv(path: PathLike, header: Sequence[str]) -> list[list[str]]:
-    """Read a CSV file that must have exactly this header.
+    """Return the cells of a CSV file, a list a row, below a header that must be exactly `header`.
 
-    Parameters
-    ----------
-    path : path
-        The file.
-    header : sequence of str
-        The column names it must have.
-
-    Returns
-    -------
-    list of lists of str
-        The rows below the header, each with one cell a column.
-
-    Raises
-    ------
-    MetricsError
-        If the file is empty, damaged, has another header, or a row another number of cells; rows
-        are numbered as in an editor, the header being row 1.
-    OSError
-        If the file can't be read.
+    Each row must have one cell a column. Errors count rows as editors do, from 1, the header.
     """
     try:
         rows = list(csv.reader(io.StringIO(_read_text(path), newline=""), strict=True))
@@ -662,26 +531,26 @@ def read_csv(path: PathLike, header: Sequence[str]) -> list[list[str]]:
         raise MetricsError(
             f"{path}: row 1 is {_shown(','.join(rows[0]))}; the header must be {','.join(header)}"
         )
-    for number, row in enumerate(rows[1:], start=2):
-        _check_cells(path, number, header, [_TEXT] * len(header), row)
+    _check_cells(path, header, [_TEXT] * len(header), rows[1:])
     return rows[1:]
 
 
 def _check_cells(
-    path: PathLike, number: int, columns: Sequence[str], patterns: Sequence[str], row: Sequence[str]
+    path: PathLike, header: Sequence[str], patterns: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
-    """Raise MetricsError naming the first cell of a row that is not of its column's pattern."""
-    if len(row) != len(columns):
-        raise MetricsError(
-            f"{path}: row {number} has {len(row)} cells for {len(columns)} columns; "
-            "write the file again"
-        )
-    for column, pattern, cell in zip(columns, patterns, row, strict=True):
-        if not re.fullmatch(pattern, cell):
+    """Raise MetricsError naming the first cell that is not of its column's pattern."""
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
             raise MetricsError(
-                f"{path}: row {number}, column {column}: {_shown(cell)} is not {_KINDS[pattern]}; "
+                f"{path}: row {number} has {len(row)} cells for {len(header)} columns; "
                 "write the file again"
             )
+        for column, pattern, cell in zip(header, patterns, row, strict=True):
+            if not re.fullmatch(pattern, cell):
+                raise MetricsError(
+                    f"{path}: row {number}, column {column}: {_shown(cell)} is not "
+                    f"{_KINDS[pattern]}; write the file again"
+                )
 
 
 def _shown(text: str) -> str:
@@ -696,29 +565,28 @@ def _check_predictions(path: PathLike, predictions: Predictions) -> None:
     """Raise MetricsError naming file, row and column unless all is in range and agrees."""
     ids, labels, predicted, logits = predictions
     num_classes = logits.shape[1]
-
-    def refuse(row: int, column: str, what: str) -> None:
-        raise MetricsError(f"{path}: row {row + 2}, column {column}: {what}")
-
     wrong = np.argwhere(~np.isfinite(logits))
     if wrong.size:
         row, column = wrong[0]
-        refuse(row, f"logit_{column}", "not a finite float32; write finite logits")
-    for column, values in (("label", labels), ("predicted", predicted)):
-        wrong = np.flatnonzero((values < 0) | (values >= num_classes))
-        if wrong.size:
-            what = f"{values[wrong[0]]} is no class; with {num_classes} logits classes are "
-            refuse(wrong[0], column, f"{what}0 to {num_classes - 1}")
-    wrong = np.flatnonzero(predicted != logits.argmax(axis=1))
-    if wrong.size:
-        what = f"{predicted[wrong[0]]} is not the class of the highest logit, "
-        refuse(
-            wrong[0], "predicted", f"{what}{logits[wrong[0]].argmax()}; predict the first maximum"
+        raise MetricsError(
+            f"{path}: row {row + 2}, column logit_{column}: not a finite float32; "
+            "write finite logits"
         )
-    _, first = np.unique(ids, return_index=True)
-    if len(first) != len(ids):
-        wrong = np.setdiff1d(np.arange(len(ids)), first)
-        refuse(wrong[0], "id", f"{ids[wrong[0]]} stands in an earlier row too; give each image one")
+    highest = logits.argmax(axis=1)
+    repeated = np.full(len(ids), True)
+    repeated[np.unique(ids, return_index=True)[1]] = False
+    no_class = f"is no class; with {num_classes} logits classes are 0 to {num_classes - 1}"
+    no_maximum = "is not the class of the highest logit, {}; predict the first maximum"
+    for column, values, wrong, problem in (
+        ("label", labels, (labels < 0) | (labels >= num_classes), no_class),
+        ("predicted", predicted, (predicted < 0) | (predicted >= num_classes), no_class),
+        ("predicted", predicted, predicted != highest, no_maximum),
+        ("id", ids, repeated, "stands in an earlier row too; give each image one"),
+    ):
+        if wrong.any():
+            row = wrong.argmax()
+            problem = f"{values[row]} {problem.format(highest[row])}"
+            raise MetricsError(f"{path}: row {row + 2}, column {column}: {problem}")
 
 
 def write_predictions(
@@ -736,13 +604,6 @@ def write_predictions(
         True and predicted class indices, 0 to K - 1; `predicted` is the first maximum of `logits`.
     logits : (N, K) floats
         Raw logits, finite as float32.
-
-    Raises
-    ------
-    MetricsError
-        If an array breaks what is said above; `read_predictions` would refuse the file.
-    OSError
-        If the file can't be written.
     """
     logits = _logits(logits)
     with np.errstate(over="ignore"):  # what overflows is refused below, by row and column
@@ -763,7 +624,7 @@ def write_predictions(
     line = ",".join(["%d"] * 3 + ["%.9g"] * num_classes)
     cells = zip(*(column.tolist() for column in (*columns, *logits.T)), strict=True)
     lines = [",".join(_prediction_header(num_classes)), *map(line.__mod__, cells), ""]
-    _replace(path, "\n".join(lines).encode())
+    write_atomically(path, "\n".join(lines))
 
 
 def read_predictions(path: PathLike) -> Predictions:
@@ -777,12 +638,8 @@ def read_predictions(path: PathLike) -> Predictions:
     Raises
     ------
     MetricsError
-        If the file is empty, damaged, or not consistent: another header, a cell that is not a
-        number, a logit that is not finite, a label or prediction out of range, a prediction that
-        is not the first maximum of its logits, an id that comes twice. Names file, row and column;
-        the header is row 1.
-    OSError
-        If the file can't be read.
+        If the file is damaged, or breaks what `write_predictions` asks of its arguments. Names
+        file, row and column; the header is row 1.
     """
     header, *lines = _read_text(path).split("\n")[:-1]
     columns = header.split(",")
@@ -795,10 +652,8 @@ def read_predictions(path: PathLike) -> Predictions:
     if not lines:
         raise MetricsError(f"{path}: no row below the header; write the file again")
     patterns = [_INTEGER] * 3 + [_DECIMAL] * num_classes
-    match = re.compile(",".join(patterns)).fullmatch
-    for number, line in enumerate(lines, start=2):
-        if not match(line):
-            _check_cells(path, number, columns, patterns, line.split(","))
+    if not all(map(re.compile(",".join(patterns)).fullmatch, lines)):  # by cell it takes longer
+        _check_cells(path, columns, patterns, (line.split(",") for line in lines))
     cells = list(zip(*(line.split(",") for line in lines), strict=True))  # by column
     integers = np.array([list(map(int, column)) for column in cells[:3]], dtype=np.int64)
     with np.errstate(over="ignore"):  # what overflows is refused below, by row and column
@@ -809,35 +664,18 @@ def read_predictions(path: PathLike) -> Predictions:
 
 
 def write_confusion(path: PathLike, matrix: ArrayLike) -> None:
-    """Write a (K, K) confusion matrix: `label,predicted_0,...`, one row a true class.
-
-    Raises
-    ------
-    MetricsError
-        If `matrix` is not a confusion matrix.
-    OSError
-        If the file can't be written.
-    """
+    """Write a (K, K) confusion matrix: `label,predicted_0,...`, one row a true class."""
     matrix = _confusion_matrix(matrix)
     header = ["label", *(f"predicted_{k}" for k in range(len(matrix)))]
     write_csv(path, header, [[k, *row] for k, row in enumerate(matrix.tolist())])
 
 
 def read_confusion(path: PathLike) -> np.ndarray:
-    """Read what `write_confusion` wrote, as (K, K) int64.
-
-    Raises
-    ------
-    MetricsError
-        If the file is damaged or holds no confusion matrix.
-    OSError
-        If the file can't be read.
-    """
+    """Read what `write_confusion` wrote, as (K, K) int64."""
     num_classes = max(2, _read_text(path).split("\n", 1)[0].count(","))
     header = ["label", *(f"predicted_{k}" for k in range(num_classes))]
     rows = read_csv(path, header)
-    for number, row in enumerate(rows, start=2):
-        _check_cells(path, number, header, [_INTEGER] * len(header), row)
+    _check_cells(path, header, [_INTEGER] * len(header), rows)
     cells = np.array([list(map(int, row)) for row in rows], dtype=np.int64).reshape(-1, len(header))
     if cells[:, 0].tolist() != list(range(num_classes)):
         raise MetricsError(
@@ -849,50 +687,21 @@ def read_confusion(path: PathLike) -> np.ndarray:
         raise MetricsError(f"{path}: {error}") from None
 
 
-def _write_class_rows(
-    path: PathLike, header: Sequence[str], class_names: Sequence[str], rows: Sequence[tuple]
+def write_classes(
+    path: PathLike, class_names: Sequence[str], rows: Sequence[ClassMetrics] | Sequence[ClassAuc]
 ) -> None:
+    """Write what `per_class` or `class_aucs` returned, under PER_CLASS_HEADER or AUC_HEADER.
+
+    There must be a name a class.
+    """
     _same_length("class names", len(class_names), "classes", len(rows))
     named = zip(class_names, rows, strict=True)
-    write_csv(path, header, [(k, name, *row) for k, (name, row) in enumerate(named)])
-
-
-def write_per_class(
-    path: PathLike, class_names: Sequence[str], metrics: Sequence[ClassMetrics]
-) -> None:
-    """Write what `per_class` returned: `class,name,precision,recall,f1,support`.
-
-    Raises
-    ------
-    MetricsError
-        If there are not as many names as classes.
-    OSError
-        If the file can't be written.
-    """
-    _write_class_rows(path, PER_CLASS_HEADER, class_names, metrics)
-
-
-def write_auc(path: PathLike, class_names: Sequence[str], aucs: Sequence[ClassAuc]) -> None:
-    """Write what `class_aucs` returned: `class,name,auc,auc_low,auc_high,auc_softmax,support`.
-
-    Raises
-    ------
-    MetricsError
-        If there are not as many names as classes.
-    OSError
-        If the file can't be written.
-    """
-    _write_class_rows(path, AUC_HEADER, class_names, aucs)
+    cells = [(k, name, *row) for k, (name, row) in enumerate(named)]
+    write_csv(path, ("class", "name", *rows[0]._fields), cells)
 
 
 def write_roc(path: PathLike, curve: RocCurve) -> None:
-    """Write the points of a ROC curve: `fpr,tpr,threshold`; the first threshold is "inf".
-
-    Raises
-    ------
-    OSError
-        If the file can't be written.
-    """
+    """Write the points of a ROC curve: `fpr,tpr,threshold`; the first threshold is "inf"."""
     columns = (curve.fpr, curve.tpr, curve.thresholds)
     write_csv(path, ROC_HEADER, zip(*(column.tolist() for column in columns), strict=True))
 
@@ -913,9 +722,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 
 # Figures
 #
-# Each is drawn from CSV files alone and written as STEM.png (150 dots an inch) and STEM.svg, the
-# same bytes each time. All raise MetricsError for a damaged file, OSError for one that cannot
-# be read or written, and ImportError where matplotlib is missing.
+# Each is drawn from files alone and written as STEM.png (150 dots an inch) and STEM.svg, the same
+# bytes each time. All raise ImportError where matplotlib is missing.
 
 HISTORY_HEADER = (
     *("epoch", "learning_rate", "train_loss", "valid_loss"),
@@ -929,10 +737,13 @@ SCALING_HEADER = (
 # Okabe & Ito, Color Universal Design, 2008: told apart by colour-blind readers and in grey print.
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _PURPLE, _SKY, _GREY = "#CC79A7", "#56B4E9", "#999999"
-_LINES = (  # colour, line style, marker
-    *((_BLUE, "-", "o"), (_ORANGE, "--", "s"), (_GREEN, "-.", "^"), (_RED, ":", "D")),
-    *((_PURPLE, "-", "v"), (_SKY, "--", "P")),
-)
+_LINES = [
+    {"color": color, "linestyle": line, "marker": marker}
+    for color, line, marker in (
+        *((_BLUE, "-", "o"), (_ORANGE, "--", "s"), (_GREEN, "-.", "^"), (_RED, ":", "D")),
+        *((_PURPLE, "-", "v"), (_SKY, "--", "P")),
+    )
+]
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -960,7 +771,13 @@ def _figure(stem: PathLike, width: float, height: float) -> Iterator[Any]:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             picture = io.BytesIO()
             figure.savefig(picture, format=kind, metadata=metadata)
-            _replace(f"{os.fspath(stem)}.{kind}", picture.getvalue())
+            write_atomically(f"{os.fspath(stem)}.{kind}", picture.getvalue())
+
+
+def _legend_above(figure: Any, axes: Any, columns: int) -> None:
+    """Set the legend of `axes` above all panels, with an entry a label."""
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
 
 
 def _columns(
@@ -971,8 +788,7 @@ def _columns(
     if len(rows) < least:
         raise MetricsError(f"{path}: no row below the header; write the file again")
     patterns = [_TEXT if name == text else _NUMBER for name in header]
-    for number, row in enumerate(rows, start=2):
-        _check_cells(path, number, header, patterns, row)
+    _check_cells(path, header, patterns, rows)
     columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
     return {
         name: cells if name == text else np.array(list(map(float, cells)))
@@ -995,7 +811,7 @@ def _class_title(index: int, name: str, width: int) -> str:
 
 
 def draw_class_ratios(per_class_csv: PathLike, stem: PathLike) -> None:
-    """Draw each class's share of the test images as a bar, from what `write_per_class` wrote."""
+    """Draw each class's share of the test images as a bar, from the file of `per_class`."""
     names, support = _names_and_support(per_class_csv)
     with _figure(stem, 5.5, 0.9 + 0.3 * len(support)) as figure:
         axes = figure.subplots()
@@ -1006,8 +822,7 @@ def draw_class_ratios(per_class_csv: PathLike, stem: PathLike) -> None:
         axes.invert_yaxis()  # class 0 on top, as in the tables
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"class ratio (of {support.sum():,.0f} test images)")
-        axes.set_ylabel("class")
+        axes.set(xlabel=f"class ratio (of {support.sum():,.0f} test images)", ylabel="class")
 
 
 def draw_confusion(confusion_csv: PathLike, stem: PathLike) -> None:
@@ -1025,15 +840,12 @@ def draw_confusion(confusion_csv: PathLike, stem: PathLike) -> None:
             color = "white" if share[row, column] > 0.5 else "black"
             count = str(matrix[row, column])
             axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-        axes.set_xticks(range(num_classes))
-        axes.set_yticks(range(num_classes))
+        axes.set(xticks=range(num_classes), yticks=range(num_classes))
+        axes.set(xlabel="predicted class", ylabel="true class")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.set_xlabel("predicted class")
-        axes.set_ylabel("true class")
-        figure.colorbar(image, label="share of the true class", shrink=0.8).outline.set_visible(
-            False
-        )
+        bar = figure.colorbar(image, label="share of the true class", shrink=0.8)
+        bar.outline.set_visible(False)
 
 
 def draw_roc(
@@ -1051,7 +863,7 @@ def draw_roc(
     roc_folder : path
         Holds class_0.csv, class_1.csv, ... as `write_roc` writes them.
     auc_csv, per_class_csv : path
-        What `write_auc` and `write_per_class` wrote.
+        What `write_classes` made of `class_aucs` and of `per_class`.
     stem : path
         The figure's, without ".png" and ".svg".
     reference_auc : sequence of K floats, optional
@@ -1064,7 +876,7 @@ def draw_roc(
     num_classes = len(support)
     _same_length(f"classes in {auc_csv}", len(areas["auc"]), "elsewhere", num_classes)
     if reference_auc is None:
-        reference_auc = [float("nan")] * num_classes
+        reference_auc = [math.nan] * num_classes
     _same_length("reference AUCs", len(reference_auc), "classes", num_classes)
     curves = [
         _columns(Path(roc_folder) / f"class_{k}.csv", ROC_HEADER, least=0)
@@ -1100,30 +912,20 @@ def draw_history(history_csv: PathLike, stem: PathLike) -> None:
     history = _columns(history_csv, HISTORY_HEADER)
     epochs = history["epoch"]
     drops = epochs[1:][np.diff(history["learning_rate"]) < 0]
+    parts = {"train": "training", "valid": "validation"}
+    size = 3 if len(epochs) <= 30 else 0  # more markers would hide the line
     with _figure(stem, 7.2, 2.9) as figure:
         panels = figure.subplots(1, 2)
         for axes, quantity in zip(panels, ("accuracy", "loss"), strict=True):
-            for part, name, (color, line, marker) in zip(
-                ("train", "valid"), ("training", "validation"), _LINES, strict=False
-            ):
-                axes.plot(
-                    epochs,
-                    history[f"{part}_{quantity}"],
-                    color=color,
-                    linestyle=line,
-                    marker=marker if len(epochs) <= 30 else "",
-                    markersize=3,
-                    label=name,
-                )
+            for (part, label), style in zip(parts.items(), _LINES, strict=False):
+                values = history[f"{part}_{quantity}"]
+                axes.plot(epochs, values, **style, markersize=size, label=label)
+            label = "learning rate drops"
             for drop in drops:
-                axes.axvline(
-                    drop, color=_GREY, linewidth=0.6, zorder=0, label="learning rate drops"
-                )
+                axes.axvline(drop, color=_GREY, linewidth=0.6, zorder=0, label=label)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(quantity)
-        handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+            axes.set(xlabel="epoch", ylabel=quantity)
+        _legend_above(figure, panels[0], columns=3)
 
 
 def _read_trials(path: PathLike) -> dict[tuple, list[tuple[float, float]]]:
@@ -1133,8 +935,8 @@ def _read_trials(path: PathLike) -> dict[tuple, list[tuple[float, float]]]:
         try:
             record = json.loads(line)
             loss = record["loss"]
-            point = float(record["resource"]), float("nan") if loss is None else float(loss)
-            if not 0 < point[0] < float("inf"):
+            point = float(record["resource"]), math.nan if loss is None else float(loss)
+            if not 0 < point[0] < math.inf:
                 raise ValueError(f"resource {record['resource']}")
             trials.setdefault((record["bracket"], record["trial"]), []).append(point)
         except (ValueError, TypeError, KeyError) as error:
@@ -1165,53 +967,38 @@ def draw_search(tuning_jsonl: PathLike, stem: PathLike) -> None:
     for (bracket, _), path in trials.items():
         last[bracket] = max(last.get(bracket, 0), *(resource for resource, _ in path))
     survivors = {
-        key: min(loss for resource, loss in path if resource == last[key[0]])
-        for key, path in trials.items()
-        if any(resource == last[key[0]] and np.isfinite(loss) for resource, loss in path)
+        (bracket, trial): loss
+        for (bracket, trial), path in trials.items()
+        for resource, loss in path
+        if resource == last[bracket] and np.isfinite(loss)
     }
     best = min(survivors, key=survivors.get, default=None)
     losses = np.array([loss for _, loss in points if np.isfinite(loss)])
+    failed = [resource for resource, loss in points if not np.isfinite(loss)]
     with _figure(stem, 7.2, 3.9) as figure:
         axes = figure.subplots()
         # The highlighted lines come last, so that they lie on top.
         for key in sorted(trials, key=lambda key: (key in survivors, key == best)):
-            color, width, label = _GREY, 0.8, "stopped earlier"
+            color, width, marker, label = _GREY, 0.8, ".", "stopped earlier"
             if key in survivors:
-                color, width, label = _BLUE, 1.5, "in the last rung"
+                color, width, marker, label = _BLUE, 1.5, "o", "in the last rung"
             if key == best:
-                color, width, label = _RED, 2.2, "lowest loss there"
-            path = sorted(trials[key])
-            marker = {_GREY: ".", _BLUE: "o", _RED: "s"}[color]
-            axes.plot(
-                *zip(*path, strict=True),
-                color=color,
-                linewidth=width,
-                marker=marker,
-                markersize=4,
-                label=label,
-            )
-        failed = [resource for resource, loss in points if not np.isfinite(loss)]
+                color, width, marker, label = _RED, 2.2, "s", "lowest loss there"
+            style = {"color": color, "linewidth": width, "marker": marker, "markersize": 4}
+            axes.plot(*zip(*sorted(trials[key]), strict=True), **style, label=label)
         if failed:
-            axes.plot(
-                failed,
-                np.ones(len(failed)),
-                transform=axes.get_xaxis_transform(),
-                color="black",
-                marker="x",
-                linestyle="",
-                clip_on=False,
-                label=f"failed ({len(failed)})",
-            )
+            cross = {"color": "black", "marker": "x", "linestyle": "", "clip_on": False}
+            edge = axes.get_xaxis_transform()
+            label = f"failed ({len(failed)})"
+            axes.plot(failed, np.ones(len(failed)), transform=edge, **cross, label=label)
         axes.set_xscale("log")
         axes.set_xticks(resources, [f"{resource:g}" for resource in resources])
         axes.set_xticks([], minor=True)
         if losses.size and losses.min() > 0 and losses.max() > 10 * np.median(losses):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("resource (epochs)")
-        axes.set_ylabel("validation loss")
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+        axes.set(xlabel="resource (epochs)", ylabel="validation loss")
+        _legend_above(figure, axes, columns=4)
 
 
 def draw_scaling(scaling_csv: PathLike, stem: PathLike) -> None:
@@ -1226,26 +1013,18 @@ def draw_scaling(scaling_csv: PathLike, stem: PathLike) -> None:
     with _figure(stem, 7.2, 2.9) as figure:
         panels = figure.subplots(1, 3)
         for axes, (column, label) in zip(panels, quantities.items(), strict=True):
-            for system, (color, line, marker) in zip(systems, itertools.cycle(_LINES)):
+            for system, style in zip(systems, itertools.cycle(_LINES)):
                 rows = np.flatnonzero(np.array(table["system"]) == system)
                 rows = rows[np.argsort(table["images"][rows])]
-                axes.plot(
-                    table["images"][rows],
-                    table[column][rows],
-                    color=color,
-                    linestyle=line,
-                    marker=marker,
-                    markersize=4,
-                    label=system,
-                )
+                images, values = table["images"][rows], table[column][rows]
+                axes.plot(images, values, **style, markersize=4, label=system)
             axes.set(xscale="log", yscale="log", xlabel="training images", ylabel=label)
             for axis in (axes.xaxis, axes.yaxis):
                 if np.ptp(np.log10(axis.get_view_interval())) < 2:
                     axis.get_major_locator().set_params(subs=(1, 2, 5))
                 axis.set_major_formatter("{x:,.10g}")
                 axis.set_minor_formatter("")
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=min(5, len(systems)))
+        _legend_above(figure, panels[0], columns=min(5, len(systems)))
 
 
 def draw_samples(
@@ -1269,29 +1048,19 @@ def draw_samples(
         The figure's, without ".png" and ".svg".
     per_class : int
         Images a row, at least 1.
-
-    Raises
-    ------
-    MetricsError
-        If the images have another shape or type, or the labels don't belong to them.
     """
     labels = _class_indices("labels", labels, len(class_names))
-    if (
-        images.dtype != np.uint8
-        or images.ndim not in (3, 4)
-        or images.shape[3:] not in ((), (1,), (3,))
-    ):
+    channels = images.shape[3:]
+    if images.dtype != np.uint8 or images.ndim < 3 or channels not in ((), (1,), (3,)):
         raise MetricsError(
             f"the images have the type {images.dtype} and shape {images.shape}; "
             "give uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
         )
     _same_length("labels", len(labels), "images", len(images))
-    if images.ndim == 3:
-        images = images[..., np.newaxis]
-    _, high, wide, channels = images.shape
+    high, wide = images.shape[1:3]
     gap = max(1, wide // 14)
-    shape = len(class_names) * (high + gap) - gap, per_class * (wide + gap) - gap, channels
-    sheet = np.full(shape, 255, dtype=np.uint8)
+    shape = len(class_names) * (high + gap) - gap, per_class * (wide + gap) - gap
+    sheet = np.full(shape + channels, 255, dtype=np.uint8)
     for k in range(len(class_names)):
         for place, index in enumerate(np.flatnonzero(labels == k)[:per_class]):
             top, left = k * (high + gap), place * (wide + gap)
@@ -1299,7 +1068,7 @@ def draw_samples(
     names = [_class_title(k, name, 26) for k, name in enumerate(class_names)]
     with _figure(stem, 2 + 0.6 * per_class, 0.2 + 0.6 * len(names) * high / wide) as figure:
         axes = figure.subplots()
-        axes.imshow(sheet.squeeze(-1) if channels == 1 else sheet, cmap="gray", vmin=0, vmax=255)
+        axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
         axes.set_yticks((high - 1) / 2 + (high + gap) * np.arange(len(names)), names)
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
@@ -1322,9 +1091,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             text = _report(read_predictions(path))
-        print(text, end="")
+        print(text, end="", flush=True)
         for warning in caught:
             print(f"metrics.py: warning: {warning.message}", file=sys.stderr)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     except (MetricsError, OSError) as error:
         print(f"metrics.py: error: {error}", file=sys.stderr)
         return 2
@@ -1338,10 +1109,8 @@ def _report(predictions: Predictions) -> str:
     num_classes = logits.shape[1]
     matrix = confusion(labels, predicted, num_classes)
     intervals = bootstrap_intervals(matrix)
-    names = {"accuracy": "accuracy", "f1": "macro F1"}
-    names |= {"recall": "macro recall", "precision": "macro precision"}
     figures = [
-        (names[name], f"{value:.4f}", "{:.4f} to {:.4f}".format(*intervals[name]))
+        (METRIC_NAMES[name], f"{value:.4f}", "{:.4f} to {:.4f}".format(*intervals[name]))
         for name, value in summary_from_confusion(matrix).items()
     ]
     aucs = class_aucs(labels, logits, roc_curves(labels, logits))
@@ -1349,7 +1118,7 @@ def _report(predictions: Predictions) -> str:
         (
             *(k, metrics.support),
             *(f"{value:.4f}" for value in (*metrics[:3], area.auc)),
-            f"{area.low:.4f} to {area.high:.4f}",
+            f"{area.auc_low:.4f} to {area.auc_high:.4f}",
         )
         for k, (metrics, area) in enumerate(
             zip(per_class(labels, predicted, num_classes), aucs, strict=True)

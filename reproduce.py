@@ -49,6 +49,7 @@ try:
     import metrics
     import model
     from hyperband import Choice, IntUniform, LogUniform, Uniform
+    from metrics import METRIC_NAMES
 except KeyboardInterrupt:  # importing PyTorch takes seconds
     print("reproduce.py: interrupted before it began", file=sys.stderr)
     raise SystemExit(130) from None
@@ -73,12 +74,6 @@ POSTER_RATIOS = (0.32, 0.05, 0.04, 0.09, 0.07, 0.05, 0.24, 0.15)  # in the legen
 TOLERANCE = {"accuracy": 0.01, "f1": 0.02, "recall": 0.02, "precision": 0.02, "auc": 0.02}
 # How far the logits of one network may lie apart on two machines, as a share of the largest.
 LOGIT_TOLERANCE = 1e-4
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "f1": "macro F1",
-    "recall": "macro recall",
-    "precision": "macro precision",
-}
 
 # ------------------------------------------------------------------------------- the search
 # Batch size, number of features and patience are on the poster, with the values that open each
@@ -164,20 +159,13 @@ def locate(name: str, content: bytes, stored: str) -> str:
     return "more than one byte differs"
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a text file through a temporary one moved into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8", newline="\n")
-    temporary.replace(path)
-
-
 CHECK = '\n "check": "'
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON object whose last key is the fingerprint of what stands before it."""
     body = json.dumps(content, indent=1, allow_nan=False)[:-2] + ","
-    write_text(path, f'{body}{CHECK}{fingerprint(body.encode())}"\n}}\n')
+    metrics.write_atomically(path, f'{body}{CHECK}{fingerprint(body.encode())}"\n}}\n')
 
 
 def read_json(path: Path) -> dict:
@@ -851,11 +839,11 @@ def write_metrics(source: Path, target: Path, about: dict[str, Any]) -> dict[str
     matrix = metrics.confusion(labels, predicted, len(names))
     metrics.write_confusion(target / "confusion.csv", matrix)
     per_class = metrics.per_class(labels, predicted, len(names))
-    metrics.write_per_class(target / "per_class.csv", names, per_class)
+    metrics.write_classes(target / "per_class.csv", names, per_class)
     curves = metrics.roc_curves(labels, logits)
     aucs = metrics.class_aucs(labels, logits, curves)
     (target / "roc").mkdir(exist_ok=True)
-    metrics.write_auc(target / "roc" / "auc.csv", names, aucs)
+    metrics.write_classes(target / "roc" / "auc.csv", names, aucs)
     for k, curve in enumerate(curves):
         metrics.write_roc(target / "roc" / f"class_{k}.csv", curve)
     summary = metrics.summary_from_confusion(matrix)
@@ -864,7 +852,7 @@ def write_metrics(source: Path, target: Path, about: dict[str, Any]) -> dict[str
     tolerances = [TOLERANCE[k] for k in POSTER_TABLE]
     if comparable(about):
         for k, (poster, auc) in enumerate(zip(POSTER_AUC, aucs, strict=True)):
-            rows.append((f"AUC of class {k}", poster, auc.auc, auc.low, auc.high))
+            rows.append((f"AUC of class {k}", poster, auc.auc, auc.auc_low, auc.auc_high))
             tolerances.append(TOLERANCE["auc"])
     write_table(target, rows, tolerances, about)
     return summary
@@ -895,7 +883,7 @@ def write_table(
         "verdict",
     )
     note = "" if comparable(about) else f"{NOT_COMPARABLE}\n\n"
-    write_text(folder / "table.md", note + metrics.markdown_table(heading, shown))
+    metrics.write_atomically(folder / "table.md", note + metrics.markdown_table(heading, shown))
 
 
 # -------------------------------------------------------------------------------- several seeds
@@ -924,7 +912,7 @@ def write_seeds(source: Path, target: Path, about: dict[str, Any], seeds: Sequen
     header = ("metric", "runs", "mean", "std", "min", "max", "mean_apart", "max_apart")
     metrics.write_csv(target / "seeds.csv", header, rows)
     shown = [(row[0], row[1], *(f"{value:.4f}" for value in row[2:])) for row in rows]
-    write_text(
+    metrics.write_atomically(
         target / "seeds.md",
         f"{title(about)}; seeds {', '.join(map(str, seeds))}. Two runs of the same settings lie "
         "`mean_apart` apart on average, `max_apart` at most.\n\n"
@@ -1217,7 +1205,7 @@ def write_comparison(
     grown = [(s, *(f"{power:.2f}" for power in powers[s])) for s in SYSTEMS]
     sizes = ", ".join(f"{n:,}" for n in entry["settings"]["sizes"])
     settings = "".join(f"- {row['system']}: {row['settings']}\n" for row in rows)
-    write_text(
+    metrics.write_atomically(
         target / "compare.md",
         f"{title(about)}; {size:,} training images, device {where['device']}, "
         f"{where['threads']} threads.\n\n{metrics.markdown_table(heading, shown)}\n"
@@ -1364,7 +1352,8 @@ def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
     parts.append("## Deviations from the poster")
     parts.append("\n".join(f"- {line}" for line in deviations(record, trained)))
     parts += ["## Provenance", metrics.markdown_table(("what", ""), provenance(record, trained))]
-    write_text(target / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    text = "\n\n".join(part.strip() for part in parts) + "\n"
+    metrics.write_atomically(target / "report.md", text)
 
 
 def what_was_run(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -561,7 +562,7 @@ def test_malformed_confusion(tmp_path, content, message):
 def test_class_files(tmp_path):
     labels, predicted, logits = random_case(6, 4, 80, used=[0, 1, 3])
     classes = quiet(metrics.per_class, labels, predicted, 4)
-    metrics.write_per_class(tmp_path / "p.csv", NAMES, classes)
+    metrics.write_classes(tmp_path / "p.csv", NAMES, classes)
     header = ["class", "name", "precision", "recall", "f1", "support"]
     rows = metrics.read_csv(tmp_path / "p.csv", header)
     assert [row[:2] for row in rows] == [[str(k), name] for k, name in enumerate(NAMES)]
@@ -569,7 +570,7 @@ def test_class_files(tmp_path):
 
     curves = quiet(metrics.roc_curves, labels, logits)
     aucs = metrics.class_aucs(labels, logits, curves)
-    metrics.write_auc(tmp_path / "a.csv", NAMES, aucs)
+    metrics.write_classes(tmp_path / "a.csv", NAMES, aucs)
     header = ["class", "name", "auc", "auc_low", "auc_high", "auc_softmax", "support"]
     rows = metrics.read_csv(tmp_path / "a.csv", header)
     np.testing.assert_array_equal([list(map(float, row[2:])) for row in rows], aucs)
@@ -582,9 +583,9 @@ def test_class_files(tmp_path):
         np.testing.assert_array_equal(values.T, curve[:3])
         assert (len(values) == 0) == (k == 2)
 
-    for write, rows in ((metrics.write_per_class, classes), (metrics.write_auc, aucs)):
+    for rows in (classes, aucs):
         with pytest.raises(MetricsError, match="3 class names but 4 classes"):
-            write(tmp_path / "x.csv", NAMES[:3], rows)
+            metrics.write_classes(tmp_path / "x.csv", NAMES[:3], rows)
     assert not (tmp_path / "x.csv").exists()
 
 
@@ -626,6 +627,16 @@ def test_main_reports_errors_in_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(metrics, "read_predictions", interrupted)
     assert metrics.main(["p.csv"]) == 130
+
+
+def test_main_stops_quietly_where_its_reader_does(tmp_path):
+    write_case(tmp_path / "p.csv")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, metrics.__file__, str(tmp_path / "p.csv")]
+    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_main_says_what_is_undefined(tmp_path, capsys):
@@ -677,9 +688,9 @@ def write_class_files(folder, num_classes, names, used=None):
     labels, predicted, logits = random_case(7, num_classes, 120, used)
     curves = quiet(metrics.roc_curves, labels, logits)
     aucs = metrics.class_aucs(labels, logits, curves)
-    metrics.write_auc(folder / "auc.csv", names, aucs)
+    metrics.write_classes(folder / "auc.csv", names, aucs)
     classes = quiet(metrics.per_class, labels, predicted, num_classes)
-    metrics.write_per_class(folder / "per_class.csv", names, classes)
+    metrics.write_classes(folder / "per_class.csv", names, classes)
     for k, curve in enumerate(curves):
         metrics.write_roc(folder / f"class_{k}.csv", curve)
     return labels, aucs
@@ -704,7 +715,7 @@ def test_draw_roc(tmp_path, matplotlib, num_classes):
         assert f"class ratio {(labels == k).mean():.3f}" in texts
         if area.support:
             assert f"AUC {area.auc:.3f}" in texts
-            assert f"({area.low:.3f} to {area.high:.3f})" in texts
+            assert f"({area.auc_low:.3f} to {area.auc_high:.3f})" in texts
 
 
 def test_draw_class_ratios(tmp_path, matplotlib):
