@@ -372,9 +372,10 @@ def test_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, capsys, monkeypatc
     whole, write = [], Path.write_bytes
 
     def full(path, content):
-        if path.name == "training.pt.tmp" and len(whole) == 2:
-            raise OSError(28, "No space left on device")  # as a write that fails says it
-        whole.append(path)
+        if path.name == "training.pt.tmp":
+            if len(whole) == 2:
+                raise OSError(28, "No space left on device")  # as a write that fails says it
+            whole.append(path)
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
