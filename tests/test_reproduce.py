@@ -190,6 +190,21 @@ def test_same_command_gives_the_same_bytes(finished, tiny, tmp_path):
             assert ours[name] == theirs[name], name
 
 
+def test_same_command_compiled_gives_the_same_bytes(tiny, tmp_path, capsys):
+    words = ["--data", tiny, "--epochs", 3, "--compile", "on", "--results"]
+    for name in ("once", "twice"):
+        for stage in ("train", "test"):
+            run("--stage", stage, *words, tmp_path / name)
+    if "torch.compile fails" in capsys.readouterr().err:
+        pytest.skip("no C++ compiler")
+    assert contents(tmp_path / "once") == contents(tmp_path / "twice")
+    run("--stage", "train", *words, tmp_path / "plain", "--compile", "off")
+    network, plain = (model.load_network(tmp_path / n / "model.pt") for n in ("once", "plain"))
+    for a, b in zip(network.parameters(), plain.parameters(), strict=True):
+        # In bf16, where the CPU has it.
+        np.testing.assert_allclose(a.detach(), b.detach(), rtol=0.05, atol=0.01)
+
+
 def test_search_space_contains_the_posters_values():
     rng = random.Random(0)
     drawn = {name: [s.sample(rng) for _ in range(400)] for name, s in reproduce.SPACE.items()}
