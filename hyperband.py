@@ -428,10 +428,19 @@ class _Workers:
                     died = "its worker died" + (" as it ran alone" if self.make else ", or another")
                     yield None, 0.0, f"{died}: {_describe(error)}"
                 else:
-                    yield futures[k].result()
+                    yield self._result(futures[k])
         finally:
             # After an interrupt nothing may still write to a trial's folder.
             wait([future for future in futures if not future.cancel()])
+
+    @staticmethod
+    def _result(future: Future) -> tuple[float | None, float, str | None]:
+        try:
+            return future.result()
+        except OSError:
+            raise
+        except Exception as exc:  # the call could not be sent, read or brought back
+            return None, 0.0, _describe(exc)
 
     def close(self) -> None:
         """Shut the executor down if it was made here; the next trial gets a new one."""

@@ -238,7 +238,7 @@ def build(config: dict[str, Any], seed: int = 0) -> _Network:
     if name not in NETWORKS:
         raise ValueError(f"no network named {name!r}; there are {', '.join(NETWORKS)}")
     with _RANDOM, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's; torch.manual_seed is every GPU's too
         try:
             return NETWORKS[name](**config)
         except (TypeError, RuntimeError) as error:
@@ -458,8 +458,12 @@ def fit(
         momentum=hyperparameters.momentum,
         nesterov=hyperparameters.nesterov,
         weight_decay=hyperparameters.weight_decay,
-        fused=device.type == "cuda",  # on a CPU its fp16 scaling turns overflows into NaN
+        fused=device.type == "cuda",
     )
+    # From zero: PyTorch's fused optimizer leaves it unset where the scaled loss overflows in the
+    # very first step.
+    for weights in network.parameters():
+        optimizer.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode="min", factor=hyperparameters.factor, patience=hyperparameters.patience
     )
@@ -598,16 +602,19 @@ def _compiled(
     torch.compiler.reset()
     before = copy.deepcopy(network.state_dict())
     try:
-        # Forward and backward once for nothing, so that what can fail fails here.
+        # Forward and backward for nothing, so that what can fail fails here: on a GPU once to warm
+        # up, once to record the CUDA graph and once to replay it.
         with (
             warnings.catch_warnings(action="ignore"),  # of PyTorch's own making
             _seeded(0, 0, images.device),
             _autocast(images.device, "fp32"),
         ):
             compiled = torch.compile(step, dynamic=False, options=options)
-            with _autocast(images.device, precision):
-                loss, _ = compiled(images, labels)
-            loss.backward()
+            for _ in range(3 if images.device.type == "cuda" else 1):
+                network.zero_grad()
+                with _autocast(images.device, precision):
+                    loss, _ = compiled(images, labels)
+                loss.backward()
     except Exception as error:  # anything: compilers are many, and so are their troubles
         warnings.warn(
             f"torch.compile fails here ({_first_line(error)}); training runs uncompiled",
@@ -632,15 +639,19 @@ def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContex
 
 
 # Held while PyTorch's global random state is borrowed: threads would draw from each other's.
-_RANDOM = threading.Lock()
+_RANDOM = threading.RLock()
 
 
 @contextlib.contextmanager
 def _seeded(seed: int, epoch: int, device: torch.device):
     """Seed PyTorch from (seed, epoch), and put the global random state back afterwards."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    seed = int.from_bytes(digest[:8]) >> 1
     with _RANDOM, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 
@@ -651,9 +662,13 @@ def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
     return batches
 
 
-# Images a forward pass outside training: enough to keep the cores busy, few enough that their
-# feature maps stay in the caches.
-_EVALUATION_BATCH = 128
+def _evaluation_batch(device: torch.device) -> int:
+    """Say how many images a forward pass takes outside training.
+
+    Enough to keep a CPU's cores busy, few enough that their feature maps stay in its caches; and
+    on a GPU so many that starting the kernels takes less than they do.
+    """
+    return 128 if device.type == "cpu" else 4096
 
 
 def _for_inference(network: _Network) -> nn.Module:
@@ -676,9 +691,8 @@ def _evaluate(
     folded = _for_inference(network.eval())
     loss_sum = torch.zeros((), dtype=torch.float64, device=labels.device)
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-    for part, target in zip(
-        images.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True
-    ):
+    size = _evaluation_batch(images.device)
+    for part, target in zip(images.split(size), labels.split(size), strict=True):
         with autocast:
             logits = folded(_as_input(part)).float()
         loss_sum += functional.cross_entropy(logits, target, reduction="sum")
@@ -724,8 +738,9 @@ def predict(
     logits = torch.empty(len(images), network.config["num_classes"], device=device)
     with torch.inference_mode():
         folded = _for_inference(network)
-    for start in range(0, len(images), _EVALUATION_BATCH):
-        stop = min(start + _EVALUATION_BATCH, len(images))
+    size = _evaluation_batch(device)
+    for start in range(0, len(images), size):
+        stop = min(start + size, len(images))
         with torch.inference_mode(), _autocast(device, "fp32"), _true_float32():
             logits[start:stop] = folded(_as_input(images[start:stop]))
         if on_batch:

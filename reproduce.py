@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import pickle
 import platform
@@ -34,7 +33,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -136,8 +135,9 @@ def fingerprint(content: bytes) -> str:
     The sums of b[i] and of i * b[i] change by d and i * d where one byte changes by d: a
     weighted checksum, as in an error-correcting code.
     """
-    weighted = sum(map(operator.mul, content, itertools.count()))
-    return f"{hashlib.sha256(content).hexdigest()} {sum(content)} {weighted}"
+    numbers = np.frombuffer(content, np.uint8).astype(np.int64)
+    weighted = numbers @ np.arange(len(numbers))
+    return f"{hashlib.sha256(content).hexdigest()} {numbers.sum()} {weighted}"
 
 
 def locate(name: str, content: bytes, stored: str) -> str:
@@ -273,6 +273,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise RunError(
                 f"{folder} is in use by process {holder}: wait for it, or choose another --results"
             ) from None
+        except OSError:  # a file system without locks, such as Lustre by default
+            break
     with file:
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -332,6 +334,11 @@ class Run:
     def open(self, stages: Sequence[str], again: bool) -> None:
         """See that the folder may take these stages; clear other runs', and all if `again`."""
         changed = self.changed(self.record.get("data", {}), self.data)
+        if self.record and changed and self.arguments.stage in LATER:
+            raise RunError(
+                f"{self.folder} was made otherwise ({', '.join(changed)} differ): leave out what "
+                f"--stage {self.arguments.stage} takes from its run.json"
+            )
         if not self.arguments.overwrite:
             if self.record and changed:
                 self.refuse(changed)
@@ -388,10 +395,6 @@ class Run:
 
     def finish(self, stage: str, result: dict) -> None:
         """Record that the stage's files are complete, and what they are."""
-        for pattern in OUTPUTS[stage]:  # what a killed run left half written
-            path = self.folder / pattern
-            for left in path.parent.glob(f".{path.name}.*.tmp"):
-                left.unlink()
         self.record[stage]["result"] = result
         self.record[stage]["files"] = {
             path.relative_to(self.folder).as_posix(): fingerprint(path.read_bytes())
@@ -518,7 +521,7 @@ def held(path: Path) -> Iterator[None]:
     search that goes on must not write beside it.
     """
     with path.open("a") as file:
-        with contextlib.suppress(ImportError):  # not on Windows, as for `locked`
+        with contextlib.suppress(ImportError, OSError):  # where there are no locks, as in `locked`
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -543,10 +546,16 @@ class DaskExecutor(Executor):
         except (OSError, ValueError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(f"no Dask scheduler at {address}: {reason}") from None
-        self.killed = distributed.KilledWorker
-        for module in (data, model, hyperband, metrics):  # the workers run this very code
-            self.client.upload_file(module.__file__)
-        self.client.upload_file(__file__)
+        try:
+            for module in (data, model, hyperband, metrics):  # the workers run this very code
+                self.client.upload_file(module.__file__)
+            self.client.upload_file(__file__)
+        except Exception as error:  # whatever an import raises on a machine of the cluster
+            self.client.close()
+            raise RunError(
+                f"the cluster cannot import this program ({error!r:.200}): install "
+                "requirements.txt for its scheduler and its workers"
+            ) from None
         self.executor = self.client.get_executor()
 
     def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
@@ -556,12 +565,8 @@ class DaskExecutor(Executor):
         def settle(done: Future) -> None:
             if outcome.cancelled():
                 return
-            error = None if done.cancelled() else done.exception()
-            if done.cancelled():
-                error = ConnectionError("the Dask scheduler has gone; the same command goes on")
-            elif isinstance(error, self.killed):
-                error = BrokenExecutor(str(error))
-            if error:
+            gone = ConnectionError("the Dask scheduler has gone; the same command goes on")
+            if error := gone if done.cancelled() else done.exception():
                 outcome.set_exception(error)
             else:
                 outcome.set_result(done.result())
@@ -644,13 +649,10 @@ def tune(run: Run) -> None:
         # Moved into place: a worker that outlives a killed search may have the old one mapped.
         np.save(trials / f"{name}.tmp.npy", array)
         (trials / f"{name}.tmp.npy").replace(trials / f"{name}.npy")
-    objective = Objective(
-        run.network_config(model.POSTER),
-        trials,
-        arguments.seed,
-        arguments.device,
-        arguments.precision,
-    )
+    # Decided here for all: the workers of a cluster may be of several kinds.
+    precision = run.record["tune"]["environment"]["precision"]
+    config = run.network_config(model.POSTER)
+    objective = Objective(config, trials, arguments.seed, arguments.device, precision)
     with trial_executor(arguments) as executor:
         if executor is None:
             objective = replace(objective, on_batch=lambda *_: progress(epochs, last))
@@ -942,7 +944,7 @@ class Job:
     network: dict[str, Any]
     hyperparameters: model.Hyperparameters
     options: dict[str, Any]
-    """The seed, device and precision of `model.fit`."""
+    """The seed, device, precision and compile of `model.fit`."""
 
 
 def comparison_sizes(top: int) -> list[int]:
@@ -999,7 +1001,9 @@ def compare(run: Run) -> None:
                 run.part(run.split.test[: None if last else TIMED_IMAGES]),
                 config,
                 hyperparameters,
-                {key: getattr(arguments, key) for key in ("seed", "device", "precision")},
+                # Compiled from some size on, a network's time would jump there.
+                {"seed": arguments.seed, "device": arguments.device, "compile": "off"}
+                | {"precision": arguments.precision},
             )
 
             def tell(share: float, done: int = done, job: Job = job) -> None:
@@ -1147,7 +1151,7 @@ def network_system(job: Job, tell: Callable[[float], None]) -> tuple[Callable, .
     return (
         learn,
         apply,
-        lambda: f"{parameters:,} parameters, {job.hyperparameters.epochs} epochs",
+        lambda: f"{parameters:,} parameters, {job.hyperparameters.epochs} epochs, uncompiled",
         lambda: sum(t.numel() * t.element_size() for t in network.state_dict().values()),
     )
 
@@ -1340,8 +1344,8 @@ def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
     parts += [f"Each seed's own report: {', '.join(told)}."] * bool(told)
     if (source / "table.md").exists():
         parts.append(
-            "Intervals: percentile bootstrap over the test images (10,000 replicates), DeLong's "
-            "for AUC. Tolerances were fixed before any run."
+            "Intervals: percentile bootstrap over the test images (10,000 replicates); DeLong's "
+            "for AUC, which has no width at 1. Tolerances were fixed before any run."
         )
         parts += ["## Classes", class_table(source, about)]
     if (source / "compare.md").exists():
@@ -1401,7 +1405,7 @@ def class_table(source: Path, about: dict[str, Any]) -> str:
 def deviations(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
     """List what differs from what the poster did."""
     about, settings = record["data"], trained["settings"]
-    lines = [f"Images and split: {about['name']}, {about['split']} split, not the poster's."]
+    lines = [f"Images: {about['name']}, {about['split']} split; the poster's are TissueMNIST's."]
     if about["md5"] == data.TISSUEMNIST.md5:
         lines = [
             "TissueMNIST instead of the authors' JPEG copy of the same images, "
@@ -1432,6 +1436,7 @@ def provenance(record: dict[str, Any], trained: dict[str, Any]) -> list[tuple[st
     seeds = record.get("seeds", {}).get("settings", {}).get("seeds")
     seed = about["split_seed"]
     versions = ("python", "torch", "numpy", "scikit-learn", "platform")
+    taken = {name: duration(value) for name, value in seconds.items() if value is not None}
     return [
         ("MD5 of the data", about["md5"]),
         ("split", about["split"] + ("" if seed is None else f", seed {seed}")),
@@ -1440,7 +1445,7 @@ def provenance(record: dict[str, Any], trained: dict[str, Any]) -> list[tuple[st
         *((name, where[name]) for name in versions),
         ("device", f"{where['device']} {where['device_name']}, {where['threads']} threads"),
         ("precision", f"{trained['settings']['precision']}: {where['precision']}"),
-        ("wall time", ", ".join(f"{k} {duration(v)}" for k, v in seconds.items() if v is not None)),
+        ("computing time", ", ".join(f"{name} {time}" for name, time in taken.items())),
         ("git commit", where["git_commit"]),
     ]
 
@@ -1456,7 +1461,14 @@ def predict(arguments: argparse.Namespace) -> None:
     if not target.parent.is_dir():
         raise RunError(f"{target.parent}: no such folder")
     network = model.load_network(source)
-    ids, images = data.load_images(arguments.images)
+    progress = Progress("predict", 1)
+
+    def decoded(done: int, total: int) -> None:
+        progress.total = total
+        progress(done, f"{done:,} of {total:,} images decoded", step=done == total)
+
+    ids, images = data.load_images(arguments.images, decoded)
+    progress.close()
     progress = Progress("predict", len(images))
     try:
         logits = model.predict(
@@ -1770,12 +1782,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Make an argument type: an integer from `least` to 2**32 - 1, the largest seed of all."""
+def at_least(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
+    """Make an argument type: an integer from `least` to `most`, or to the largest seed of all."""
 
     def convert(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text[:11]) < 2**32:
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from {least} up")
+        if not text.isdecimal() or not least <= int(text[:11]) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text[:20]!r} is no whole number from {least} up (to {most:,})"
+            )
         return int(text)
 
     return convert
@@ -1813,7 +1827,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=model.PRECISIONS, default="auto", help="default: auto")
     add("--compile", choices=model.COMPILE, default="auto", help="training; default: auto")
     add("--schedule", choices=("poster", "hyperband"), default="poster", help="of the search")
-    add("--max-resource", type=at_least(1), default=81, metavar="R", help="of hyperband: 81")
+    top = at_least(1, 100_000)
+    add("--max-resource", type=top, default=81, metavar="R", help="of hyperband: 81")
     add("--eta", type=at_least(2), default=3, metavar="ETA", help="of hyperband: 3")
     add("--retrain", action="store_true", help="search: start every rung again from scratch")
     add("--workers", type=at_least(1), metavar="N", help="search: N processes; default: one a core")
@@ -1834,6 +1849,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--workers starts processes here: leave it out with --dask")
     if arguments.seeds and len({*arguments.seeds}) < max(2, len(arguments.seeds)):
         parser.error("--seeds takes two or more different seeds; for one say --seed")
+    if arguments.seeds and arguments.stage not in ("all", *STAGES):
+        parser.error(f"--seeds is for all, {', '.join(STAGES)}: the others look at one folder")
     if arguments.test_data and (arguments.split or arguments.data is None):
         parser.error("--test-data goes with --data FOLDER, and without --split")
     if arguments.stage == "predict" and not (arguments.images and arguments.model):
@@ -1887,8 +1904,8 @@ NOT_COMPARABLE = (
 def load_images(arguments: argparse.Namespace) -> data.ImageData:
     """Load what ``--data`` names, or what the results folder at hand was made from."""
     source = arguments.data
-    known = Path(arguments.results or ".") / "run.json"
-    if source is None and arguments.stage in LATER and known.exists():
+    known = Path(arguments.results or "", "run.json")
+    if source is None and arguments.stage in LATER and arguments.results and known.exists():
         about = read_json(known)["data"]
         source = arguments.data = about["source"]
         arguments.test_data = about.get("test_source")
@@ -1906,7 +1923,8 @@ def load_images(arguments: argparse.Namespace) -> data.ImageData:
         if arguments.test_data:
             images = data.load_folders(source, arguments.test_data, arguments.root, show)
         else:
-            images = data.load(source or "auto", arguments.root, progress=show)
+            may = arguments.stage != "verify"  # which needs no network
+            images = data.load(source or "auto", arguments.root, may, show)
     progress.close()
     for warning in caught:
         print(f"NOTE: {warning.message}")
@@ -2066,9 +2084,9 @@ def verify_stage(arguments: argparse.Namespace) -> bool:
 def verify_all(folder: Path, run: Run | None) -> bool:
     """Verify a folder, and those of its seeds; without `run`, models and data aside."""
     ok = verify(folder, run)
-    for path in sorted(folder.glob("seed-*")):
-        one = seed_run(run, int(path.name[5:])) if run else None
-        ok &= verify(path, one)
+    for path in sorted(folder.iterdir()):
+        if re.fullmatch(r"seed-\d+", path.name):
+            ok &= verify(path, seed_run(run, int(path.name[5:])) if run else None)
     return ok
 
 
@@ -2087,6 +2105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"reproduce.py: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except (MemoryError, model.torch.OutOfMemoryError) as error:
+        print(f"reproduce.py: error: out of memory ({str(error)[:100]!r})", file=sys.stderr)
         return 2
     except (
         RunError,

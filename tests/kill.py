@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, str]:
         elif path.name == "tuning.jsonl":
             text = re.sub(r'"seconds": [^,]+,|"crc32": "\w+"', "", text)
         elif path.name == "report.md":
-            text = re.sub(r"\| (wall time|git commit) .*", "", text)
+            text = re.sub(r"\| (computing time|git commit) .*", "", text)
         elif path.name == "run.json":
             record = json.loads(text)
             del record["check"]

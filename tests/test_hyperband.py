@@ -1279,3 +1279,21 @@ def test_a_full_disk_ends_the_search_and_fails_no_trial(tmp_path):
     assert len(log.read_text().splitlines()) == 2
     assert len(search(objective, space, schedule, log=log).trials) == 4
     assert len(calls) == 3 + 2
+
+
+def test_a_result_that_cannot_come_back_fails_its_trial():
+    class Broken(Executor):
+        def submit(self, function, *arguments):
+            future = Future()
+            if arguments[1]["x"] > 0.5:
+                future.set_exception(ModuleNotFoundError("No module named 'torch'"))
+            else:
+                future.set_result(function(*arguments))
+            return future
+
+    space = {"x": Uniform(0, 1)}
+    result = search(lambda c, *_: c["x"], space, [[Rung(9, 1)]], executor=Broken())
+    failed = [trial for trial in result.trials if trial.error]
+    assert {t.error for t in failed} == {"ModuleNotFoundError: No module named 'torch'"}
+    assert all((t.configuration["x"] > 0.5) == (t in failed) for t in result.trials)
+    assert 0 < len(failed) < 9

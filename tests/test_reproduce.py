@@ -284,6 +284,8 @@ BAD = {
     "compare max": (["--stage", "compare", "--compare-max", "9"], "no whole number from 10 up"),
     "too few": (["--stage", "compare", "--data", "few.npz"], "too few to compare on"),
     "one image": (["--data", "one.npz", "--split", "official"], "one training image"),
+    "compare seeds": (["--stage", "compare", "--seeds", "0", "1"], "--seeds is for all, tune"),
+    "endless": (["--max-resource", "100001"], "(to 100,000)"),
     "from and seed": (["--from", "run.json", "--seed", "1"], "leave out --seed"),
 }
 
@@ -343,6 +345,39 @@ def test_another_run_in_the_folder(copied, tiny, tmp_path, capsys):
     assert contents(copied) == before
     run(*words, "--epochs", 1, "--overwrite")
     assert files_in(copied) == {"run.json", "model.pt", "history.csv"}
+
+
+@pytest.mark.parametrize("other", [["--split-seed", 1], ["--data", "digits"]])
+def test_a_later_stage_of_another_run_removes_nothing(other, copied, capsys):
+    before = contents(copied)
+    words = ["--stage", "test", "--results", copied, *other, "--overwrite"]
+    assert "was made otherwise" in refused(capsys, *words)
+    assert contents(copied) == before
+
+
+def test_out_of_memory(tiny, tmp_path, capsys, monkeypatch):
+    def fit(*_, **options):
+        raise MemoryError("Unable to allocate 4 TiB")
+
+    monkeypatch.setattr(model, "fit", fit)
+    words = ["--stage", "train", "--data", tiny, "--results", tmp_path / "r"]
+    assert "out of memory" in refused(capsys, *words)
+
+
+def test_a_file_system_without_locks(tiny, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    words = ["--stage", "tune", "--data", tiny, "--results", tmp_path / "r", *QUICK]
+    run(*words)
+    assert not (tmp_path / "r" / ".lock").exists()
+
+
+def test_verify_downloads_nothing(copied, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "download", lambda *_, **__: pytest.fail("downloads"))
+    words = ["--stage", "verify", "--results", copied, "--data", "tissuemnist"]
+    assert "download is off" in refused(capsys, *words, "--root", tmp_path)
 
 
 def test_a_folder_of_somebody_else(tiny, tmp_path, capsys):
@@ -465,7 +500,7 @@ def test_interrupt_lock_and_going_on(tiny, tmp_path, capsys):
 
 def test_killed_runs_end_as_if_never_killed():
     done = subprocess.run(
-        [sys.executable, HERE / "tests" / "kill.py", "--kills", "10", "--seed", "1"],
+        [sys.executable, HERE / "tests" / "kill.py", "--kills", "6", "--seed", "1"],
         capture_output=True,
         text=True,
         check=False,
@@ -824,6 +859,16 @@ def test_from_does_the_run_again_beside_it(copied, capsys):
     )
     assert (again / "best.json").read_bytes() == (copied / "best.json").read_bytes()
     assert (again / "model.pt").read_bytes() == (copied / "model.pt").read_bytes()
+
+
+def test_from_of_one_seed_leaves_the_others_verifiable(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "drawable", lambda: False)
+    words = ["--data", tiny, "--epochs", 1, "--seeds", 0, 1, "--results", tmp_path / "r"]
+    for stage in ("train", "test"):
+        run("--stage", stage, *words)
+    run("--from", tmp_path / "r" / "seed-1" / "run.json")
+    assert (tmp_path / "r" / "seed-1-again" / "predictions.csv").exists()
+    run("--stage", "verify", "--results", tmp_path / "r")
 
 
 def test_from_refuses_other_data(copied, tmp_path, capsys):
@@ -1304,14 +1349,26 @@ def test_worker_processes_change_nothing_whatever_befalls_them(tiny, tmp_path):
     assert trials_in(tmp_path / "two") == trials_in(tmp_path / "one")
 
 
-def test_trials_use_one_thread_and_pickle_small(finished, tmp_path):
+def test_trials_use_one_thread_and_pickle_small(tmp_path, monkeypatch):
     """So that results do not hang on the number of workers, nor calls on that of images."""
     objective = reproduce.Objective({}, tmp_path, 0, "cpu", "fp32")
     assert len(pickle.dumps(objective)) < 1000
-    threads = model.torch.get_num_threads()
-    with model.one_thread():
-        assert model.torch.get_num_threads() == 1
-    assert model.torch.get_num_threads() == threads
+    for name in reproduce.TUNING_ARRAYS:
+        np.save(tmp_path / f"{name}.npy", np.zeros(1))
+    threads, torch = [], model.torch
+
+    def fit(*_, **options):
+        threads.append(torch.get_num_threads())
+        return [model.EpochRecord(0, 0.1, 1.0, 0.5, 0.0, 0.0, 0.0)]
+
+    monkeypatch.setattr(model, "fit", fit)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert objective({}, 0, 1, tmp_path) == 0.5
+        assert (threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_trial_waits_for_the_worker_of_a_killed_search(tmp_path):
