@@ -994,7 +994,7 @@ def draw_search(tuning_jsonl: PathLike, stem: PathLike) -> None:
         axes.set_xscale("log")
         axes.set_xticks(resources, [f"{resource:g}" for resource in resources])
         axes.set_xticks([], minor=True)
-        if losses.size and losses.min() > 0 and losses.max() > 10 * np.median(losses):
+        if losses.size and losses.min() > 0 and losses.max() > 20 * losses.min():
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="resource (epochs)", ylabel="validation loss")
