@@ -190,7 +190,7 @@ def read_object(path: Path) -> tuple[bytes, dict]:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise RunError(f"{path} is no JSON object") from None
+        raise RunError(f"{path} is no JSON object: restore it") from None
     return raw, content
 
 
@@ -1247,8 +1247,8 @@ def claims(
     if rbf > max(1.0, network):
         slower = at_posters("SVM (RBF)") > at_posters("PosterCNN")
         suits = "holds here" if slower else "holds here for growth, not for time"
-    if math.isnan(rbf):
-        return ("One training size shows no growth: give a larger --compare-max.", "")
+    if math.isnan(rbf) or size < 1000:
+        return ("From fewer than 1,000 training images nothing can be said of the claims.", "")
     return (
         f'"KNN has a large amount of computation and memory overhead" **{verdict}**: after '
         f"{size:,} training images, predicting 1,000 takes "
@@ -1456,6 +1456,8 @@ def provenance(record: dict[str, Any], trained: dict[str, Any]) -> list[tuple[st
 def predict(arguments: argparse.Namespace) -> None:
     """Apply a saved network to images without labels; write a CSV, complete or not at all."""
     target, source = Path(arguments.output), Path(arguments.model)
+    if target.is_dir():
+        raise RunError(f"{target} is a folder: choose another --output, a file")
     if target.exists() and not arguments.overwrite:
         raise RunError(f"{target} exists: choose another --output, or say --overwrite")
     if not target.parent.is_dir():
@@ -1552,8 +1554,9 @@ def audit_files(audit: Audit, folder: Path, record: dict[str, Any]) -> None:
 
 def audit_cells(audit: Audit, stored: Path, recomputed: Path) -> None:
     """Compare two text files cell by cell; name the first that differs."""
+    shown = f"roc/{stored.name}" if stored.parent.name == "roc" else stored.name
     if not stored.exists():
-        audit(f"{recomputed.name} follows from the other files", "no such file", "", False)
+        audit(f"{shown} follows from the other files", "no such file", "", False)
         return
     tables = []
     for path in (stored, recomputed):
@@ -1565,11 +1568,9 @@ def audit_cells(audit: Audit, stored: Path, recomputed: Path) -> None:
         for column, (a, b) in enumerate(itertools.zip_longest(*pair, fillvalue="nothing")):
             if a != b:
                 name = header[column] if column < len(header) else column + 1
-                audit(f"{stored.name}, row {row}, column {name}", a, b)
+                audit(f"{shown}, row {row}, column {name}", a, b)
                 return
-    audit(
-        f"{stored.name} follows from the other files", f"{len(tables[0])} rows", "all equal", True
-    )
+    audit(f"{shown} follows from the other files", f"{len(tables[0])} rows", "all equal", True)
 
 
 def audit_search(audit: Audit, run_folder: Path, settings: dict[str, Any]) -> None:
@@ -1673,6 +1674,8 @@ def verify(folder: Path, run: Run | None) -> bool:
             audit("run.json is as it was written", "checksum", "equal", True)
         except RunError as error:
             audit("run.json is as it was written", "checksum", str(error), False)
+            print(f"the other files of {folder} are judged by run.json: not checked")
+            return False
     audit_files(audit, folder, record)
     if "result" in record.get("tune", {}):
         audit_search(audit, folder, record["tune"]["settings"])
@@ -1787,8 +1790,9 @@ def at_least(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         if not text.isdecimal() or not least <= int(text[:11]) <= most:
+            limit = f" (to {most:,})" * (most < 2**32 - 1)
             raise argparse.ArgumentTypeError(
-                f"{text[:20]!r} is no whole number from {least} up (to {most:,})"
+                f"{text[:20]!r} is no whole number from {least} up{limit}"
             )
         return int(text)
 
@@ -1811,7 +1815,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--data", metavar="SOURCE", help=f"{data.SOURCES}; default: auto")
     add("--test-data", metavar="FOLDER", help="test on this; 80/20 %% of the folder --data: train")
-    add("--root", default="~/.medmnist", help="where downloads are kept; default: %(default)s")
+    add(
+        "--root",
+        default="~/.medmnist",
+        help="where downloads and decoded folders are kept: %(default)s",
+    )
     add("--split", choices=("poster", "official"), help="default: poster, 60/15/25 %% at random")
     add("--split-seed", type=at_least(0), metavar="N", help="default: 0")
     add(
@@ -1835,7 +1843,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dask", metavar="tcp://HOST:PORT", help="search: on the Dask cluster of this scheduler")
     add("--results", metavar="DIR", help="default: results/<data set>")
     add("--overwrite", action="store_true", help="replace another run in the results folder")
-    add("--no-model", action="store_true", help="verify: look at predictions.csv alone")
+    add("--no-model", action="store_true", help="verify: without model and images")
     add("--compare-max", type=at_least(10), default=10_000, metavar="N", help="training images")
     add("--images", metavar="SOURCE", help="predict: FOLDER or FILE.npz")
     add("--model", metavar="FILE", help="predict: a model.pt")
@@ -1849,6 +1857,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--workers starts processes here: leave it out with --dask")
     if arguments.seeds and len({*arguments.seeds}) < max(2, len(arguments.seeds)):
         parser.error("--seeds takes two or more different seeds; for one say --seed")
+    if arguments.schedule != "hyperband" and (arguments.max_resource, arguments.eta) != (81, 3):
+        parser.error("--max-resource and --eta go with --schedule hyperband")
+    if arguments.no_model and arguments.stage != "verify":
+        parser.error("--no-model goes with --stage verify")
     if arguments.seeds and arguments.stage not in ("all", *STAGES):
         parser.error(f"--seeds is for all, {', '.join(STAGES)}: the others look at one folder")
     if arguments.test_data and (arguments.split or arguments.data is None):
@@ -1982,6 +1994,10 @@ def run_stages(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.stage == "figures" and not drawable():
         raise RunError(NO_MATPLOTLIB)
+    known = Path(arguments.results or "", "run.json")
+    later = arguments.stage in ("test", "figures", "report") and not arguments.seeds
+    if later and arguments.results and not known.exists():
+        raise RunError(f"{known}: no such file: run --stage train first, or --stage all")
     if arguments.hyperparameters != "tuned":  # before gigabytes are read, not after
         chosen_hyperparameters(arguments, Path())
     images = load_images(arguments)
@@ -2001,7 +2017,10 @@ def run_stages(arguments: argparse.Namespace) -> int:
     if stages == ("test",):
         for one in seeds or [run]:
             load_trained(one)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror}: choose another --results") from None
     with locked(folder):
         run = Run(arguments, images, folder, run.best)  # as it is, now that nobody else writes it
         work = [(run, stages)]
@@ -2097,7 +2116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: print(f"NOTE: {message}", file=sys.stderr)
             return run_stages(parse(argv))
     except KeyboardInterrupt:
-        print("\nreproduce.py: interrupted; the same command goes on from here", file=sys.stderr)
+        end = "\n" * sys.stderr.isatty()  # of the line that a bar stands in
+        print(
+            f"{end}reproduce.py: interrupted; the same command goes on from here", file=sys.stderr
+        )
         return 130
     except BrokenPipeError:  # what stdout went to, `| head` perhaps, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains at its exit

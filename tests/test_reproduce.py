@@ -285,6 +285,9 @@ BAD = {
     "too few": (["--stage", "compare", "--data", "few.npz"], "too few to compare on"),
     "one image": (["--data", "one.npz", "--split", "official"], "one training image"),
     "compare seeds": (["--stage", "compare", "--seeds", "0", "1"], "--seeds is for all, tune"),
+    "eta": (["--eta", "4"], "go with --schedule hyperband"),
+    "no model": (["--stage", "train", "--no-model"], "--no-model goes with --stage verify"),
+    "no such run": (["--stage", "figures", "--results", "none"], "run.json: no such file"),
     "endless": (["--max-resource", "100001"], "(to 100,000)"),
     "from and seed": (["--from", "run.json", "--seed", "1"], "leave out --seed"),
 }
@@ -697,6 +700,7 @@ def test_verify_names_a_damaged_run_json(copied, capsys):
     wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
     assert "run.json" in wrong[0]
     assert "'6', was '5'" in wrong[0]
+    assert "1 of" in wrong[-1] or len(wrong) == 1, "files that nobody changed are accused"
 
 
 def test_interrupted_seeds_go_on(tiny, tmp_path, monkeypatch, capsys):
@@ -1113,6 +1117,11 @@ def test_predict_refuses_what_does_not_fit(finished, unlabelled, tmp_path, capsy
         words = ["--images", images, "--model", network, "--output", place]
         assert message in refused(capsys, "--stage", "predict", *words)
         assert not list(folder.iterdir())
+
+
+def test_predict_into_a_folder(finished, unlabelled, tmp_path, capsys):
+    words = ["--images", unlabelled, "--model", finished / "model.pt", "--output", tmp_path]
+    assert "choose another --output" in refused(capsys, "--stage", "predict", *words, "--overwrite")
 
 
 def test_submission_needs_integer_ids(finished, tmp_path, capsys):
