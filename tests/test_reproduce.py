@@ -287,7 +287,7 @@ BAD = {
     "compare seeds": (["--stage", "compare", "--seeds", "0", "1"], "--seeds is for all, tune"),
     "eta": (["--eta", "4"], "go with --schedule hyperband"),
     "no model": (["--stage", "train", "--no-model"], "--no-model goes with --stage verify"),
-    "no such run": (["--stage", "figures", "--results", "none"], "run.json: no such file"),
+    "no such run": (["--stage", "test", "--results", "none"], "run.json: no such file"),
     "endless": (["--max-resource", "100001"], "(to 100,000)"),
     "from and seed": (["--from", "run.json", "--seed", "1"], "leave out --seed"),
 }
@@ -1353,7 +1353,7 @@ def test_worker_processes_change_nothing_whatever_befalls_them(tiny, tmp_path):
         _, error = process.communicate(timeout=60)
         assert gone(pids)
     assert process.returncode == 130
-    assert error == "\nreproduce.py: interrupted; the same command goes on from here\n"
+    assert error == "reproduce.py: interrupted; the same command goes on from here\n"
     run(*words[:-1], 1)  # another number of workers goes on with the same search
     assert trials_in(tmp_path / "two") == trials_in(tmp_path / "one")
 
