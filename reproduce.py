@@ -263,9 +263,6 @@ def locked(folder: Path) -> Iterator[None]:
         file = path.open("a+", encoding="ascii")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break
-            file.close()  # its holder removed it between our opening and our locking it
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
@@ -275,6 +272,11 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks, such as Lustre by default
             break
+        # Its holder may have removed it between our opening and our locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+        file.close()
     with file:
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -2032,8 +2034,9 @@ def run_stages(arguments: argparse.Namespace) -> int:
             work += [(run, ("seeds", *drawn))] if "test" in stages else []
         try:
             carry_out(work)
-        except OSError as error:  # a full disk names no file
-            error.filename = error.filename or str(folder)
+        except OSError as error:
+            if error.errno and not error.filename:  # a full disk names no file
+                error.filename = str(folder)
             raise
         ok = arguments.stage != "all" or verify_all(folder, run)
     table = {"compare": "compare.md"}.get(named[0], "seeds.md" if seeds else "table.md")

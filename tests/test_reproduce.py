@@ -367,6 +367,31 @@ def test_out_of_memory(tiny, tmp_path, capsys, monkeypatch):
     assert "out of memory" in refused(capsys, *words)
 
 
+def test_an_error_that_names_no_file_keeps_its_words(tiny, tmp_path, capsys, monkeypatch):
+    def search(*_, **options):
+        raise ConnectionError("the Dask scheduler has gone; the same command goes on")
+
+    monkeypatch.setattr(hyperband, "search", search)
+    words = ["--stage", "tune", "--data", tiny, "--results", tmp_path / "r", "--workers", 1]
+    assert "error: the Dask scheduler has gone" in refused(capsys, *words)
+
+
+def test_a_lock_that_its_holder_removes_meanwhile(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, opened = fcntl.flock, []
+
+    def slow(file, how):
+        flock(file, how)
+        opened.append(file)
+        if len(opened) == 1:
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with reproduce.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert len(opened) == 2
+
+
 def test_a_file_system_without_locks(tiny, tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
@@ -501,15 +526,19 @@ def test_interrupt_lock_and_going_on(tiny, tmp_path, capsys):
     assert not (tmp_path / "r" / ".lock").exists()
 
 
-def test_killed_runs_end_as_if_never_killed():
-    done = subprocess.run(
-        [sys.executable, HERE / "tests" / "kill.py", "--kills", "6", "--seed", "1"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["kill.py", "--kills", "6", "--seed", "1"], r"\b0 with a difference"),
+        (["damage.py", "--files", "96", "--seed", "2"], "96 damaged files, 0 wrongly taken"),
+    ],
+    ids=["kill", "damage"],
+)
+def test_nothing_is_lost_and_nothing_damaged_is_taken(words, says):
+    command = [sys.executable, HERE / "tests" / words[0], *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 with a difference" in done.stdout
+    assert re.search(says, done.stdout)
 
 
 def test_a_finished_run_is_done_again(copied, tiny):
@@ -1285,17 +1314,6 @@ def test_no_file_but_reproduce_imports_a_sibling():
             env={**os.environ, "PYTHONPATH": str(HERE)},
         )
         assert done.stdout.split() == [name]
-
-
-def test_damaged_files_are_refused_or_change_nothing():
-    done = subprocess.run(
-        [sys.executable, HERE / "tests" / "damage.py", "--files", "96", "--seed", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "96 damaged files, 0 wrongly taken" in done.stdout
 
 
 # ------------------------------------------------------------------------------- side by side
