@@ -987,6 +987,8 @@ def compare(run: Run) -> None:
     pool = random.Random(arguments.seed).sample(run.split.train.tolist(), len(run.split.train))
     head = {int(run.images.labels[index]): index for index in reversed(pool)}
     pool = [*head.values(), *(index for index in pool if index not in {*head.values()})]
+    options = {key: getattr(arguments, key) for key in ("seed", "device", "precision")}
+    options["compile"] = "off"  # else a network's time would jump where it starts to pay
     progress = Progress("compare", len(SYSTEMS) * sum(sizes))
     done = 0
     for size, system in itertools.product(sizes, SYSTEMS):
@@ -1003,9 +1005,7 @@ def compare(run: Run) -> None:
                 run.part(run.split.test[: None if last else TIMED_IMAGES]),
                 config,
                 hyperparameters,
-                # Compiled from some size on, a network's time would jump there.
-                {"seed": arguments.seed, "device": arguments.device, "compile": "off"}
-                | {"precision": arguments.precision},
+                options,
             )
 
             def tell(share: float, done: int = done, job: Job = job) -> None:
