@@ -1,18 +1,21 @@
-"""The numbers of a classification test, and the files that carry them.
+"""The numbers of a classification test, the text of the files that carry them, the figures.
 
 Accuracy and macro F1, recall and precision with bootstrap intervals; precision, recall and F1 of
-each class; the confusion matrix; one ROC curve a class with DeLong's interval for its AUC; all of
-them as CSV files and as figures. For 50,000 images and 8 classes the numbers and their files take
-0.6 s on one core (reading predictions.csv back 0.2 s, figures aside).
+each class; the confusion matrix; a ROC curve a class, its AUC with DeLong's interval.
 
-``python metrics.py predictions.csv`` prints the table of a predictions file.
+``python metrics.py predictions.csv`` prints the table of a predictions file: 50,000 images in
+8 classes take a second. In code::
 
-Needs numpy and scikit-learn, and matplotlib only for the figures.
+    predictions = read_predictions("predictions.csv")
+    for name, (header, rows) in tables(predictions, class_names).items():
+        write(name, csv_text(header, rows))
 
-All functions raise `MetricsError` for bad input: an array of another shape, type or range than the
-docstring gives, arrays that do not belong together, a file that is damaged or not of its kind; and
-OSError where a file can't be read or written. Where a docstring speaks of a warning, it is
-scikit-learn's UndefinedMetricWarning.
+Needs numpy and scikit-learn, and matplotlib only to draw.
+
+Said once for all functions: N is the number of images, K > 1 that of classes; labels and predicted
+classes are (N,) integers, 0 to K - 1; logits and scores are (N, K) finite numbers; figures are
+floats from 0 to 1, NaN where undefined. Bad input raises `MetricsError`, a file that can't be read
+or written OSError. A warning is scikit-learn's UndefinedMetricWarning.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ import argparse
 import contextlib
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -42,92 +44,12 @@ from sklearn.metrics import (
     auc,
     confusion_matrix,
     precision_recall_fscore_support,
-    roc_auc_score,
     roc_curve,
 )
+from sklearn.utils import check_array, check_consistent_length, column_or_1d
 
 PathLike = str | os.PathLike[str]
-
-
-class MetricsError(ValueError):
-    """Input that can't be measured or read; the message is one line and says what to do."""
-
-
-# Checks
-
-
-def _class_indices(name: str, values: ArrayLike, num_classes: int) -> np.ndarray:
-    """Return `values` as a (N,) int64 array, having checked that all are 0..num_classes-1."""
-    if num_classes < 2:
-        raise MetricsError(f"num_classes is {num_classes}; give at least 2 classes")
-    array = np.asarray(values)
-    if array.ndim != 1 or array.size == 0:
-        raise MetricsError(
-            f"{name} has the shape {array.shape}; give one class index an image, shape (N,), N > 0"
-        )
-    if array.dtype.kind not in "iu":
-        raise MetricsError(f"{name} has the type {array.dtype}; give integer class indices")
-    wrong = np.flatnonzero((array < 0) | (array >= num_classes))
-    if wrong.size:
-        raise MetricsError(
-            f"{name}[{wrong[0]}] is {array[wrong[0]]}; give class indices 0 to {num_classes - 1}"
-        )
-    return array.astype(np.int64)
-
-
-def _same_length(first: str, n: int, second: str, m: int) -> None:
-    if n != m:
-        raise MetricsError(f"{n} {first} but {m} {second}; give one of each an image")
-
-
-def _logits(values: ArrayLike) -> np.ndarray:
-    """Return `values` as a (N, K) float array, having checked that all are finite."""
-    array = np.asarray(values)
-    if array.ndim != 2 or not len(array) or array.shape[1] < 2 or array.dtype.kind not in "fiu":
-        raise MetricsError(
-            f"the scores have the shape {array.shape} and type {array.dtype}; "
-            "give numbers of shape (N, K), N > 0 images by K > 1 classes"
-        )
-    wrong = np.argwhere(~np.isfinite(array))
-    if wrong.size:
-        row, column = wrong[0]
-        raise MetricsError(
-            f"the score of image {row} for class {column} is {array[row, column]}; "
-            "give finite numbers (did training diverge?)"
-        )
-    return array
-
-
-def _confusion_matrix(matrix: ArrayLike) -> np.ndarray:
-    """Return `matrix` as a (K, K) int64 array, having checked that it counts something."""
-    array = np.asarray(matrix)
-    if array.ndim != 2 or array.shape[0] != array.shape[1] or array.shape[0] < 2:
-        raise MetricsError(
-            f"the confusion matrix has the shape {array.shape}; give (K, K) with K > 1 classes"
-        )
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.sum() == 0:
-        raise MetricsError(
-            "the confusion matrix holds something else than counts of images; "
-            "give integers of at least 0, not all of them 0"
-        )
-    return array.astype(np.int64)
-
-
-def _tail(level: float) -> float:
-    if not 0 < level < 1:
-        raise MetricsError(f"the confidence level is {level}; give a number between 0 and 1")
-    return (1 - level) / 2
-
-
-def _warn_of(classes: Sequence[int], message: str) -> None:
-    """Warn the caller's caller of these classes, if any: named at the {} of `message`."""
-    if len(classes):
-        named = ("class " if len(classes) == 1 else "classes ") + ", ".join(map(str, classes))
-        warnings.warn(message.format(named), UndefinedMetricWarning, stacklevel=3)
-
-
-# Numbers
-
+Table = tuple[list[str], list[list[Any]]]  # header and rows of a CSV file
 
 # The figures of `summary`, in its order, and what readers call them.
 METRIC_NAMES = {
@@ -138,8 +60,52 @@ METRIC_NAMES = {
 }
 
 
+class MetricsError(ValueError):
+    """Input that can't be measured or read; the message is one line and says what to do."""
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _checked(name: str, values: ArrayLike, ndim: int, *others: ArrayLike) -> np.ndarray:
+    """Return `values` as an array of 1 or 2 dimensions, finite, with as many rows as `others`."""
+    try:
+        array = check_array(values, ensure_2d=ndim == 2, ensure_min_features=2, input_name=name)
+        check_consistent_length(array, *others)
+        return column_or_1d(array) if ndim == 1 else array
+    except (ValueError, TypeError) as error:
+        raise MetricsError(f"{name}: {' '.join(str(error).split())}") from None
+
+
+def _classes(name: str, values: ArrayLike, num_classes: int, *others: ArrayLike) -> np.ndarray:
+    """Return `values` as (N,) int64, all of them 0 to `num_classes` - 1."""
+    array = _checked(name, values, 1, *others)
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= num_classes:
+        raise MetricsError(f"{name}: give class indices, integers from 0 to {num_classes - 1}")
+    return array.astype(np.int64)
+
+
+def _counts(matrix: ArrayLike) -> np.ndarray:
+    """Return a confusion matrix as (K, K) int64."""
+    array = _checked("confusion matrix", matrix, 2)
+    square = array.shape[0] == array.shape[1]
+    if not square or array.dtype.kind not in "iu" or array.min() < 0 or not array.any():
+        raise MetricsError("confusion matrix: give (K, K) counts of images, not all of them 0")
+    return array.astype(np.int64)
+
+
+def _warn_of(undefined: np.ndarray, message: str) -> None:
+    """Warn the caller's caller of the classes where `undefined` (K,) is true, if any."""
+    if undefined.any():
+        classes = ", ".join(map(str, np.flatnonzero(undefined)))
+        warnings.warn(message.format(classes), UndefinedMetricWarning, stacklevel=3)
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
 class ClassMetrics(NamedTuple):
-    """The metrics of one class, 0..1, NaN where undefined; `support` is its test images."""
+    """The figures of one class; `support` is the number of its test images."""
 
     precision: float
     recall: float
@@ -148,10 +114,10 @@ class ClassMetrics(NamedTuple):
 
 
 class RocCurve(NamedTuple):
-    """One class against the rest: float64 arrays (M,) and the area under the curve, 0..1.
+    """One class against the rest: float64 arrays (M,), and the area under the curve.
 
-    `thresholds` falls from infinity, the point (0, 0), to the lowest score. All three arrays are
-    empty and `auc` is NaN where the curve is undefined.
+    `thresholds` falls from infinity, the point (0, 0), to the lowest score. The arrays are empty
+    where the curve is undefined.
     """
 
     fpr: np.ndarray
@@ -161,7 +127,7 @@ class RocCurve(NamedTuple):
 
 
 class ClassAuc(NamedTuple):
-    """The AUC of one class from raw logits, its interval, and the AUC from softmax, all 0..1."""
+    """The AUC of one class from raw logits, its interval, and the AUC from softmax."""
 
     auc: float
     auc_low: float
@@ -171,47 +137,27 @@ class ClassAuc(NamedTuple):
 
 
 def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.ndarray:
-    """Count the images of each pair of true and predicted class.
-
-    Parameters
-    ----------
-    labels, predicted : (N,) integers, N > 0
-        True and predicted class indices, 0 to `num_classes` - 1.
-    num_classes : int
-        K, at least 2.
-
-    Returns
-    -------
-    (K, K) int64
-        Rows are true classes, columns predicted ones.
-    """
-    labels = _class_indices("labels", labels, num_classes)
-    predicted = _class_indices("predicted", predicted, num_classes)
-    _same_length("labels", len(labels), "predicted classes", len(predicted))
+    """Return the confusion matrix, (K, K) int64: rows are true classes, columns predicted ones."""
+    labels = _classes("labels", labels, num_classes, predicted)
+    predicted = _classes("predicted classes", predicted, num_classes)
     return confusion_matrix(labels, predicted, labels=range(num_classes)).astype(np.int64)
 
 
 def summary(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> dict[str, float]:
-    """Return accuracy and the macro averages of F1, recall and precision.
+    """Return accuracy and the macro averages of F1, recall and precision, by METRIC_NAMES' keys.
 
-    The arguments are those of `confusion`. The macro average is over the classes that occur in
-    `labels` or `predicted`, as in scikit-learn; a class never predicted has precision 0, one
-    without test images recall 0 (``zero_division=0``). A class that occurs in neither is left out
-    with a warning.
-
-    Returns
-    -------
-    dict
-        "accuracy", "f1", "recall", "precision": float, 0..1.
+    The macro average is over the classes that occur in `labels` or `predicted`, as in scikit-learn;
+    a class never predicted has precision 0, one without test images recall 0
+    (``zero_division=0``). A class that occurs in neither is left out with a warning.
     """
     return summary_from_confusion(confusion(labels, predicted, num_classes))
 
 
 def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
-    """Return what `summary` returns, from a confusion matrix as in `bootstrap_intervals`."""
-    matrix = _confusion_matrix(matrix)
-    missing = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1) == 0)
-    _warn_of(missing, "{} neither in the test set nor predicted: left out of the averages")
+    """Return what `summary` returns, from a (K, K) confusion matrix."""
+    matrix = _counts(matrix)
+    nowhere = matrix.sum(axis=0) + matrix.sum(axis=1) == 0
+    _warn_of(nowhere, "class {}: neither in the test set nor predicted, left out of the averages")
     # Each cell that is not empty stands for its images by its weight; scikit-learn does the rest.
     true, predicted = np.nonzero(matrix)
     weight = matrix[true, predicted]
@@ -225,30 +171,22 @@ def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
 def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list[ClassMetrics]:
     """Return precision, recall, F1 and support of each of the K classes.
 
-    The arguments are those of `confusion`. Precision is NaN for a class that is never predicted,
-    recall for one without test images, F1 where both are; there is a warning of each.
+    Precision is NaN for a class that is never predicted, recall for one without test images, F1
+    where both are; there is a warning of each.
     """
     matrix = confusion(labels, predicted, num_classes)
-    true, predicted = np.nonzero(matrix)
-    precision, recall, f1, support = precision_recall_fscore_support(
-        true,
-        predicted,
-        labels=range(num_classes),
-        sample_weight=matrix[true, predicted],
-        zero_division=np.nan,
+    _warn_of(matrix.sum(axis=0) == 0, "class {}: never predicted, precision is undefined")
+    _warn_of(matrix.sum(axis=1) == 0, "class {}: not in the test set, recall is undefined")
+    columns = precision_recall_fscore_support(
+        labels, predicted, labels=range(num_classes), zero_division=np.nan
     )
-    uncalled, absent = np.flatnonzero(np.isnan(precision)), np.flatnonzero(np.isnan(recall))
-    _warn_of(uncalled, "precision is undefined for {}: never predicted")
-    _warn_of(absent, "recall is undefined for {}: not in the test set")
-    return [
-        ClassMetrics(float(p), float(r), float(f), int(n))
-        for p, r, f, n in zip(precision, recall, f1, support, strict=True)
-    ]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [ClassMetrics(*row) for row in rows]
 
 
 def softmax(logits: ArrayLike) -> np.ndarray:
-    """Return the softmax of each row of (N, K) finite logits as float64, without overflow."""
-    shifted = _logits(logits).astype(np.float64)
+    """Return the softmax of each row of (N, K) logits as float64, without overflow."""
+    shifted = _checked("logits", logits, 2).astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
     return exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -257,128 +195,98 @@ def softmax(logits: ArrayLike) -> np.ndarray:
 def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     """Return the ROC curve of each class against the rest.
 
-    Parameters
-    ----------
-    labels : (N,) integers, N > 0
-        True class indices, 0 to K - 1.
-    scores : (N, K) floats, K > 1
-        The finite score of each class: raw logits, as the poster's authors did, or `softmax` of
-        them. The two give different curves, because softmax compares a logit with the others.
-
-    Returns
-    -------
-    list of RocCurve
-        One for each class; points that no line needs are left out (``drop_intermediate``). Where a
-        class has no test image, or all of them, the curve is empty and there is a warning.
+    Scores are raw logits, as the poster's authors did, or `softmax` of them. The two give different
+    curves, because softmax compares a logit with the others. Points that no line needs are left out
+    (``drop_intermediate``). Where a class has no test image, or all of them, its curve is undefined
+    and there is a warning.
     """
-    scores = _logits(scores).astype(np.float64)
-    labels = _class_indices("labels", labels, scores.shape[1])
-    _same_length("labels", len(labels), "rows of scores", len(scores))
+    scores = _checked("scores", scores, 2).astype(np.float64)
+    num_classes = scores.shape[1]
+    labels = _classes("labels", labels, num_classes, scores)
+    support = np.bincount(labels, minlength=num_classes)
+    undefined = (support == 0) | (support == len(labels))
+    _warn_of(undefined, "class {}: none or all of the test images, the ROC curve is undefined")
     curves = []
-    for index in range(scores.shape[1]):
-        positive = labels == index
-        if positive.all() or not positive.any():
+    for k in range(num_classes):
+        if undefined[k]:
             curves.append(RocCurve(np.empty(0), np.empty(0), np.empty(0), math.nan))
         else:
-            fpr, tpr, thresholds = roc_curve(positive, scores[:, index])
+            fpr, tpr, thresholds = roc_curve(labels == k, scores[:, k])
             curves.append(RocCurve(fpr, tpr, thresholds, float(auc(fpr, tpr))))
-    undefined = [index for index, curve in enumerate(curves) if not len(curve.fpr)]
-    _warn_of(undefined, "the ROC curve is undefined for {}: none or all of the test images")
     return curves
 
 
-# Intervals
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 def bootstrap_intervals(
     matrix: ArrayLike, replicates: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
-    """Return percentile bootstrap intervals, over test images, of the figures of `summary`.
+    """Return (low, high) of each figure of `summary`: percentile bootstrap over test images.
 
-    The four figures depend on the confusion matrix alone, and drawing N of N images with
-    replacement makes its cells multinomial; so a replicate is one multinomial draw. In each, the
-    macro averages are over the classes that occur in it, as in `summary`. The intervals tell how
-    far another test set would move the figures, not another training run.
+    The figures depend on the confusion matrix alone, and drawing N of N images with replacement
+    makes its cells multinomial; so a replicate is one multinomial draw. In each, the macro averages
+    are over the classes that occur in it, as in `summary`. The intervals tell how far another test
+    set would move the figures, not another training run.
 
     Parameters
     ----------
     matrix : (K, K) integers
-        The confusion matrix, K > 1: counts of images, not all of them 0.
+        The confusion matrix.
     replicates : int
-        At least 1.
+        At least 1; they take 8 bytes a cell that is not empty.
     seed : int
-        Of ``numpy.random.default_rng``; the same seed gives the same intervals.
+        Of ``numpy.random.RandomState``, whose stream NumPy promises to keep.
     level : float
         Confidence, between 0 and 1.
-
-    Returns
-    -------
-    dict
-        (low, high), 0..1, for each name that `summary` gives.
 
     References
     ----------
     Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    matrix = _confusion_matrix(matrix)
-    tail = _tail(level)
-    if replicates < 1:
-        raise MetricsError(f"{replicates} replicates; give at least 1")
-    generator = np.random.default_rng(seed)
-    true, predicted = np.nonzero(matrix)
-    of_true, of_predicted = np.eye(len(matrix))[true], np.eye(len(matrix))[predicted]
+    matrix = _counts(matrix)
+    true, predicted = np.nonzero(matrix)  # (C,) the cells that are not empty
     share = matrix[true, predicted] / matrix.sum()
-    step = max(1, 2**22 // len(share))  # at most 32 MiB of counts at a time
-    figures = []
-    for start in range(0, replicates, step):
-        counts = generator.multinomial(matrix.sum(), share, size=min(step, replicates - start))
-        counts = counts.astype(np.float64)  # whole numbers still, and a matrix product that is fast
-        support, calls = counts @ of_true, counts @ of_predicted  # (B, K)
-        hits = counts @ (of_true * of_predicted)
-        present = (support + calls > 0).sum(axis=1)
-        accuracy = hits.sum(axis=1) / matrix.sum()
-        ratios = ((2 * hits, support + calls), (hits, support), (hits, calls))
-        # A ratio's first is 0 wherever its second is; so this is zero_division=0.
-        macro = [(part / np.maximum(whole, 1)).sum(axis=1) / present for part, whole in ratios]
-        figures.append(np.column_stack([accuracy, *macro]))
-    intervals = np.quantile(np.concatenate(figures), [tail, 1 - tail], axis=0).T
+    draws = np.random.RandomState(seed).multinomial(matrix.sum(), share, size=replicates)
+    draws = draws.astype(np.float64)  # (B, C), whole numbers still; float products are fast
+    of_true, of_predicted = np.eye(len(matrix))[true], np.eye(len(matrix))[predicted]  # (C, K)
+    support, called = draws @ of_true, draws @ of_predicted  # (B, K)
+    hits = draws @ (of_true * of_predicted)
+    present = (support + called > 0).sum(axis=1)  # (B,)
+    figures = [hits.sum(axis=1) / matrix.sum()]
+    # F1, recall, precision. Hits are 0 wherever the denominator is: that is zero_division=0.
+    for part, whole in ((2 * hits, support + called), (hits, support), (hits, called)):
+        figures.append((part / np.maximum(whole, 1)).sum(axis=1) / present)
+    intervals = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2], axis=1).T
     return dict(zip(METRIC_NAMES, map(tuple, intervals.tolist()), strict=True))
 
 
 def delong_interval(
     positive: ArrayLike, scores: ArrayLike, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Return an AUC with its interval by DeLong's variance, in O(n log n).
+    """Return an AUC, low and high end of its interval by DeLong's variance, in O(n log n).
+
+    The interval is normal, cut to 0..1. The AUC is NaN if none or all of the images are positive,
+    the interval is NaN if fewer than two are positive or negative.
 
     Parameters
     ----------
     positive : (N,) bool
         Whether the image is of the class.
-    scores : (N,) floats
-        The finite score of the class; only their order matters.
+    scores : (N,) numbers
+        The score of the class; only their order matters.
     level : float
         Confidence, between 0 and 1.
-
-    Returns
-    -------
-    auc, low, high : float
-        Normal interval, cut to 0..1. The AUC is NaN if none or all of the images are positive, the
-        interval is NaN if fewer than two are positive or negative.
 
     References
     ----------
     DeLong, DeLong & Clarke-Pearson, Biometrics 44(3):837-845, 1988; Sun & Xu, IEEE Signal
     Processing Letters 21(11):1389-1393, 2014, for the O(n log n) by midranks.
     """
-    positive, scores = np.asarray(positive), np.asarray(scores)
-    tail = _tail(level)
-    if positive.ndim != 1 or positive.dtype != bool or scores.shape != positive.shape:
-        raise MetricsError(
-            f"positive has the type {positive.dtype} and shape {positive.shape}, scores have the "
-            f"shape {scores.shape}; give booleans and numbers, both of shape (N,)"
-        )
-    if scores.dtype.kind not in "fiu" or not np.isfinite(scores).all():
-        raise MetricsError("the scores are not all finite numbers; give finite ones")
+    scores = _checked("scores", scores, 1, positive)
+    positive = _checked("positive", positive, 1)
+    if positive.dtype != bool:
+        raise MetricsError("positive: give booleans, whether each image is of the class")
     cases, controls = np.sort(scores[positive]), np.sort(scores[~positive])
     if not len(cases) or not len(controls):
         return math.nan, math.nan, math.nan
@@ -393,71 +301,33 @@ def delong_interval(
     if len(cases) < 2 or len(controls) < 2:
         return area, math.nan, math.nan
     variance = over_controls.var(ddof=1) / len(cases) + over_cases.var(ddof=1) / len(controls)
-    reach = NormalDist().inv_cdf(1 - tail) * float(np.sqrt(variance))
+    reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(variance)
     return area, max(0.0, area - reach), min(1.0, area + reach)
 
 
-def class_aucs(
-    labels: ArrayLike, logits: ArrayLike, curves: Sequence[RocCurve], level: float = 0.95
-) -> list[ClassAuc]:
-    """Return the rows of the AUC table.
+def class_aucs(labels: ArrayLike, logits: ArrayLike) -> list[ClassAuc]:
+    """Return the AUC of each of the K classes from raw logits and from their softmax.
 
-    Parameters
-    ----------
-    labels : (N,) integers
-        True class indices, 0 to K - 1.
-    logits : (N, K) floats
-        Raw logits.
-    curves : sequence of K RocCurve
-        What `roc_curves` made of the same labels and logits.
-    level : float
-        Confidence of DeLong's intervals, between 0 and 1.
-
-    Returns
-    -------
-    list of ClassAuc
-        One for each class; NaN where undefined, of which `roc_curves` has warned.
+    The interval is DeLong's, of 95 %. Undefined figures, of which `roc_curves` warns, are NaN.
     """
-    logits = _logits(logits)
-    labels = _class_indices("labels", labels, logits.shape[1])
-    _same_length("labels", len(labels), "rows of logits", len(logits))
-    if len(curves) != logits.shape[1]:
-        raise MetricsError(f"{len(curves)} curves for {logits.shape[1]} classes; give one a class")
+    logits = _checked("logits", logits, 2)
+    labels = _classes("labels", labels, logits.shape[1], logits)
     probabilities = softmax(logits)
     rows = []
-    for index, curve in enumerate(curves):
-        positive = labels == index
-        _, low, high = delong_interval(positive, logits[:, index], level)
-        defined = len(curve.fpr) > 0
-        of_softmax = roc_auc_score(positive, probabilities[:, index]) if defined else math.nan
-        rows.append(ClassAuc(curve.auc, low, high, float(of_softmax), int(positive.sum())))
+    for k in range(logits.shape[1]):
+        positive = labels == k
+        of_softmax, _, _ = delong_interval(positive, probabilities[:, k])
+        interval = delong_interval(positive, logits[:, k])
+        rows.append(ClassAuc(*interval, of_softmax, int(positive.sum())))
     return rows
 
 
-# Files
+# ---- files ---------------------------------------------------------------------------------------
+#
+# Errors name the file and the row, counted as editors do: the header is row 1.
 
 
-class Predictions(NamedTuple):
-    """What predictions.csv holds: ids, labels, predicted (N,) int64; logits (N, K) float32."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    predicted: np.ndarray
-    logits: np.ndarray
-
-
-PER_CLASS_HEADER = ("class", "name", *ClassMetrics._fields)
-AUC_HEADER = ("class", "name", *ClassAuc._fields)
-ROC_HEADER = ("fpr", "tpr", "threshold")
-
-_INTEGER = r"-?[0-9]{1,18}"  # at most 18 digits always fit an int64
-_DECIMAL = r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
-_NUMBER = _DECIMAL + "|-?inf|nan"
-_TEXT = r"(?s:.*)"
-_KINDS = {_INTEGER: "an integer", _DECIMAL: "a finite number", _NUMBER: "a number"}
-
-
-def write_atomically(path: PathLike, content: str | bytes) -> None:
+def write(path: PathLike, content: str | bytes) -> None:
     r"""Write a file so that at no time a part of it stands under its name.
 
     It is written as NAME.tmp in the same folder, which must be, and moved into place; if that
@@ -478,232 +348,141 @@ def write_atomically(path: PathLike, content: str | bytes) -> None:
 
 
 def _read_text(path: PathLike) -> str:
-    content = Path(path).read_bytes()
-    if not content:
-        raise MetricsError(f"{path}: the file is empty; write it again")
+    """Return the text of a file of whole lines: one cut short may end in a number cut short."""
     try:
-        text = content.decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise MetricsError(f"{path}: byte {error.start} is not UTF-8; write it again") from None
     if not text.endswith("\n"):
-        raise MetricsError(f"{path}: the last line is cut short; write the file again")
+        raise MetricsError(f"{path}: empty, or its last row is cut short; write it again")
     return text
 
 
-def write_csv(path: PathLike, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    r"""Write a CSV file: UTF-8, "\n", floats in full precision, NaN as "nan".
-
-    The file appears complete or not at all.
-
-    Parameters
-    ----------
-    path : path
-        Replaced if it is there; its folder must be.
-    header : sequence of str
-        Column names.
-    rows : iterable of sequences
-        Strings, integers and floats (Python's or numpy's), as many a row as there are columns.
-    """
-    rows = list(rows)
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise MetricsError(
-                f"{path}: row {number} has {len(row)} cells for {len(header)} columns; "
-                "give one a column"
-            )
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    r"""Return a CSV file's text: "\n", floats in full precision, NaN as nan."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)  # str() of a float is its shortest text that reads back exactly
-    write_atomically(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])  # a float's str() is exact
+    return text.getvalue()
 
 
-def read_csv(path: PathLike, header: Sequence[str]) -> list[list[str]]:
-    """Return the cells of a CSV file, a list a row, below a header that must be exactly `header`.
-
-    Each row must have one cell a column. Errors count rows as editors do, from 1, the header.
-    """
+def read_csv(path: PathLike) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a CSV file; each row has as many cells as the header."""
     try:
         rows = list(csv.reader(io.StringIO(_read_text(path), newline=""), strict=True))
     except csv.Error as error:
         raise MetricsError(f"{path}: not a CSV file ({error}); write it again") from None
-    if rows[0] != list(header):
-        raise MetricsError(
-            f"{path}: row 1 is {_shown(','.join(rows[0]))}; the header must be {','.join(header)}"
-        )
-    _check_cells(path, header, [_TEXT] * len(header), rows[1:])
-    return rows[1:]
+    _check_widths(path, [len(row) for row in rows])
+    return rows[0], rows[1:]
 
 
-def _check_cells(
-    path: PathLike, header: Sequence[str], patterns: Sequence[str], rows: Iterable[Sequence[str]]
-) -> None:
-    """Raise MetricsError naming the first cell that is not of its column's pattern."""
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise MetricsError(
-                f"{path}: row {number} has {len(row)} cells for {len(header)} columns; "
-                "write the file again"
-            )
-        for column, pattern, cell in zip(header, patterns, row, strict=True):
-            if not re.fullmatch(pattern, cell):
-                raise MetricsError(
-                    f"{path}: row {number}, column {column}: {_shown(cell)} is not "
-                    f"{_KINDS[pattern]}; write the file again"
-                )
+def _check_widths(path: PathLike, widths: Sequence[int]) -> None:
+    """Raise MetricsError unless each row has as many cells as the header, which is the first."""
+    for number, width in enumerate(widths, start=1):
+        if width != widths[0] or width == 0:
+            problem = f"row {number} has {width} cells, the header {widths[0]}"
+            raise MetricsError(f"{path}: {problem}; write it again")
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+class Predictions(NamedTuple):
+    """What predictions.csv holds: ids, labels, predicted (N,) int64; logits (N, K) float32.
+
+    No two ids are alike, and `predicted` is the (first) highest logit's class.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    logits: np.ndarray
 
 
-def _prediction_header(num_classes: int) -> list[str]:
+def _predictions_header(num_classes: int) -> list[str]:
     return ["id", "label", "predicted", *(f"logit_{k}" for k in range(num_classes))]
 
 
-def _check_predictions(path: PathLike, predictions: Predictions) -> None:
-    """Raise MetricsError naming file, row and column unless all is in range and agrees."""
+def _check_predictions(predictions: Predictions, where: str = "") -> None:
+    """Raise MetricsError naming row and column unless all is in range and agrees."""
     ids, labels, predicted, logits = predictions
     num_classes = logits.shape[1]
-    wrong = np.argwhere(~np.isfinite(logits))
-    if wrong.size:
-        row, column = wrong[0]
-        raise MetricsError(
-            f"{path}: row {row + 2}, column logit_{column}: not a finite float32; "
-            "write finite logits"
-        )
-    highest = logits.argmax(axis=1)
     repeated = np.full(len(ids), True)
     repeated[np.unique(ids, return_index=True)[1]] = False
-    no_class = f"is no class; with {num_classes} logits classes are 0 to {num_classes - 1}"
-    no_maximum = "is not the class of the highest logit, {}; predict the first maximum"
-    for column, values, wrong, problem in (
-        ("label", labels, (labels < 0) | (labels >= num_classes), no_class),
-        ("predicted", predicted, (predicted < 0) | (predicted >= num_classes), no_class),
-        ("predicted", predicted, predicted != highest, no_maximum),
-        ("id", ids, repeated, "stands in an earlier row too; give each image one"),
-    ):
+    diverged = "not finite (did training diverge?)"
+    checks = [(f"logit_{k}", ~np.isfinite(logits[:, k]), diverged) for k in range(num_classes)]
+    checks += [
+        ("label", (labels < 0) | (labels >= num_classes), f"not 0 to {num_classes - 1}"),
+        ("predicted", predicted != logits.argmax(axis=1), "not the (first) highest logit's class"),
+        ("id", repeated, "stands in an earlier row too; give each image its own"),
+    ]
+    for column, wrong, problem in checks:
         if wrong.any():
-            row = wrong.argmax()
-            problem = f"{values[row]} {problem.format(highest[row])}"
-            raise MetricsError(f"{path}: row {row + 2}, column {column}: {problem}")
+            raise MetricsError(f"{where}row {wrong.argmax() + 2}, column {column}: {problem}")
 
 
-def write_predictions(
-    path: PathLike, ids: ArrayLike, labels: ArrayLike, predicted: ArrayLike, logits: ArrayLike
-) -> None:
-    """Write predictions.csv: `id,label,predicted,logit_0,...`, logits exact as float32.
-
-    Parameters
-    ----------
-    path : path
-        Replaced if it is there; its folder must be.
-    ids : (N,) integers
-        Which image each row is of; no two alike, between -1e18 and 1e18.
-    labels, predicted : (N,) integers
-        True and predicted class indices, 0 to K - 1; `predicted` is the first maximum of `logits`.
-    logits : (N, K) floats
-        Raw logits, finite as float32.
-    """
-    logits = _logits(logits)
-    with np.errstate(over="ignore"):  # what overflows is refused below, by row and column
-        logits = logits.astype(np.float32)
-    columns = []
-    for name, values in (("ids", ids), ("labels", labels), ("predicted", predicted)):
-        array = np.asarray(values)
-        if array.shape != logits.shape[:1] or array.dtype.kind not in "iu":
-            raise MetricsError(
-                f"{name} has the type {array.dtype} and shape {array.shape}; "
-                f"give integers of shape ({len(logits)},), one a row of logits"
-            )
-        columns.append(array)
-    if np.abs(columns[0].astype(np.float64)).max() >= 1e18:
-        raise MetricsError("an id is 1e18 or beyond; number the images 0 to N - 1")
-    _check_predictions(path, Predictions(*columns, logits))
-    num_classes = logits.shape[1]
-    line = ",".join(["%d"] * 3 + ["%.9g"] * num_classes)
-    cells = zip(*(column.tolist() for column in (*columns, *logits.T)), strict=True)
-    lines = [",".join(_prediction_header(num_classes)), *map(line.__mod__, cells), ""]
-    write_atomically(path, "\n".join(lines))
+def predictions_text(predictions: Predictions) -> str:
+    """Return the text of predictions.csv, from which `read_predictions` makes the same bits."""
+    *integers, logits = predictions
+    dtypes = [array.dtype for array in predictions]
+    shape_ok = logits.ndim == 2 and len(logits) > 0 and logits.shape[1] > 1
+    if dtypes != [np.int64] * 3 + [np.float32] or not shape_ok:
+        raise MetricsError("predictions: give ids, labels, predicted as int64, logits as float32")
+    _check_predictions(predictions)
+    header = _predictions_header(logits.shape[1])
+    line = ",".join(["%d"] * 3 + ["%.9g"] * logits.shape[1])  # 9 digits tell all float32 apart
+    rows = zip(*(column.tolist() for column in (*integers, *logits.T)), strict=True)
+    return "\n".join([",".join(header), *(line % row for row in rows), ""])
 
 
 def read_predictions(path: PathLike) -> Predictions:
-    """Read and check what `write_predictions` wrote.
-
-    Returns
-    -------
-    Predictions
-        ids, labels, predicted (N,) int64; logits (N, K) float32, bit for bit what was written.
-
-    Raises
-    ------
-    MetricsError
-        If the file is damaged, or breaks what `write_predictions` asks of its arguments. Names
-        file, row and column; the header is row 1.
-    """
-    header, *lines = _read_text(path).split("\n")[:-1]
-    columns = header.split(",")
+    """Read predictions.csv, `id,label,predicted,logit_0,...`, and check that all of it agrees."""
+    lines = _read_text(path).split("\n")[:-1]
+    columns = lines[0].split(",")
     num_classes = len(columns) - 3
-    if num_classes < 2 or columns != _prediction_header(num_classes):
-        raise MetricsError(
-            f"{path}: row 1 is {_shown(header)}; the header must be id,label,predicted,logit_0,"
-            "logit_1,... with a logit for each of at least 2 classes"
-        )
-    if not lines:
-        raise MetricsError(f"{path}: no row below the header; write the file again")
-    patterns = [_INTEGER] * 3 + [_DECIMAL] * num_classes
-    if not all(map(re.compile(",".join(patterns)).fullmatch, lines)):  # by cell it takes longer
-        _check_cells(path, columns, patterns, (line.split(",") for line in lines))
-    cells = list(zip(*(line.split(",") for line in lines), strict=True))  # by column
-    integers = np.array([list(map(int, column)) for column in cells[:3]], dtype=np.int64)
-    with np.errstate(over="ignore"):  # what overflows is refused below, by row and column
-        logits = np.array([list(map(float, column)) for column in cells[3:]]).astype(np.float32)
-    predictions = Predictions(*integers, np.ascontiguousarray(logits.T))
-    _check_predictions(path, predictions)
+    if num_classes < 2 or columns != _predictions_header(num_classes):
+        raise MetricsError(f"{path}: row 1 is not id,label,predicted,logit_0,logit_1,...")
+    if len(lines) == 1:
+        raise MetricsError(f"{path}: no row below the header; write it again")
+    _check_widths(path, [line.count(",") + 1 for line in lines])
+    dtype = [("integers", np.int64, 3), ("logits", np.float32, num_classes)]
+    try:
+        table = np.loadtxt(lines[1:], dtype, delimiter=",", comments=None, ndmin=1)
+    except ValueError as error:  # "could not convert string 'x' to float32 at row 0, column 4."
+        message = re.sub(r"at row (\d+)", lambda row: f"at row {int(row[1]) + 2}", str(error))
+        raise MetricsError(f"{path}: {message}") from None
+    predictions = Predictions(*table["integers"].T.copy(), table["logits"].copy())
+    _check_predictions(predictions, f"{path}: ")
     return predictions
 
 
-def write_confusion(path: PathLike, matrix: ArrayLike) -> None:
-    """Write a (K, K) confusion matrix: `label,predicted_0,...`, one row a true class."""
-    matrix = _confusion_matrix(matrix)
-    header = ["label", *(f"predicted_{k}" for k in range(len(matrix)))]
-    write_csv(path, header, [[k, *row] for k, row in enumerate(matrix.tolist())])
+def tables(predictions: Predictions, class_names: Sequence[str]) -> dict[str, Table]:
+    """Return header and rows, by file name, of all CSV files that follow from predictions.
 
-
-def read_confusion(path: PathLike) -> np.ndarray:
-    """Read what `write_confusion` wrote, as (K, K) int64."""
-    num_classes = max(2, _read_text(path).split("\n", 1)[0].count(","))
-    header = ["label", *(f"predicted_{k}" for k in range(num_classes))]
-    rows = read_csv(path, header)
-    _check_cells(path, header, [_INTEGER] * len(header), rows)
-    cells = np.array([list(map(int, row)) for row in rows], dtype=np.int64).reshape(-1, len(header))
-    if cells[:, 0].tolist() != list(range(num_classes)):
-        raise MetricsError(
-            f"{path}: the rows are not of the labels 0 to {num_classes - 1}; write the file again"
-        )
-    try:
-        return _confusion_matrix(cells[:, 1:])
-    except MetricsError as error:
-        raise MetricsError(f"{path}: {error}") from None
-
-
-def write_classes(
-    path: PathLike, class_names: Sequence[str], rows: Sequence[ClassMetrics] | Sequence[ClassAuc]
-) -> None:
-    """Write what `per_class` or `class_aucs` returned, under PER_CLASS_HEADER or AUC_HEADER.
-
-    There must be a name a class.
+    They are confusion.csv, per_class.csv, roc/auc.csv and a roc/class_K.csv for each class, without
+    rows where the curve is undefined. Cells are Python's str, int and float.
     """
-    _same_length("class names", len(class_names), "classes", len(rows))
-    named = zip(class_names, rows, strict=True)
-    cells = [(k, name, *row) for k, (name, row) in enumerate(named)]
-    write_csv(path, ("class", "name", *rows[0]._fields), cells)
-
-
-def write_roc(path: PathLike, curve: RocCurve) -> None:
-    """Write the points of a ROC curve: `fpr,tpr,threshold`; the first threshold is "inf"."""
-    columns = (curve.fpr, curve.tpr, curve.thresholds)
-    write_csv(path, ROC_HEADER, zip(*(column.tolist() for column in columns), strict=True))
+    _, labels, predicted, logits = predictions
+    num_classes = logits.shape[1]
+    if len(class_names) != num_classes:
+        raise MetricsError(f"{len(class_names)} class names, {num_classes} logits; give one each")
+    matrix = confusion(labels, predicted, num_classes)
+    classes = per_class(labels, predicted, num_classes)
+    with warnings.catch_warnings():
+        # A curve is undefined where a class has no image, of which `per_class` has warned.
+        warnings.simplefilter("ignore", UndefinedMetricWarning)
+        curves = roc_curves(labels, logits)
+    aucs = class_aucs(labels, logits)
+    names = [[k, str(name)] for k, name in enumerate(class_names)]
+    columns = ["label", *(f"predicted_{k}" for k in range(num_classes))]
+    rows = [[k, *counts] for k, counts in enumerate(matrix.tolist())]
+    result: dict[str, Table] = {"confusion.csv": (columns, rows)}
+    for file_name, fields, values in (
+        ("per_class.csv", ClassMetrics._fields, classes),
+        ("roc/auc.csv", ClassAuc._fields, aucs),
+    ):
+        rows = [[*name, *value] for name, value in zip(names, values, strict=True)]
+        result[file_name] = ["class", "name", *fields], rows
+    for k, curve in enumerate(curves):
+        points = np.column_stack(curve[:3]).tolist()
+        result[f"roc/class_{k}.csv"] = (["fpr", "tpr", "threshold"], points)
+    return result
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -714,42 +493,31 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "".join(
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |\n"
-        for row in (cells[0], rule, *cells[1:])
-    )
+    lines = []
+    for first, *others in (cells[0], rule, *cells[1:]):
+        padded = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append(f"| {' | '.join(padded)} |\n")
+    return "".join(lines)
 
 
-# Figures
+# ---- figures -------------------------------------------------------------------------------------
 #
-# Each is drawn from files alone and written as STEM.png (150 dots an inch) and STEM.svg, the same
-# bytes each time. All raise ImportError where matplotlib is missing.
-
-HISTORY_HEADER = (
-    *("epoch", "learning_rate", "train_loss", "valid_loss"),
-    *("train_accuracy", "valid_accuracy", "seconds"),
-)
-SCALING_HEADER = (
-    *("system", "images", "train_seconds"),
-    *("predict_seconds_per_1000", "peak_memory_mb"),
-)
+# Each is drawn from the files of a folder to STEM.png (150 dots an inch) and STEM.svg, the same
+# bytes each time. The folder is a run's or the one with the poster's own results, where some files
+# differ: `_read_classes` and `_read_roc` know both. `reference` is the poster's folder, to be drawn
+# over a run. All raise ImportError where matplotlib is missing.
 
 # Okabe & Ito, Color Universal Design, 2008: told apart by colour-blind readers and in grey print.
-_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_PURPLE, _SKY, _GREY = "#CC79A7", "#56B4E9", "#999999"
-_LINES = [
-    {"color": color, "linestyle": line, "marker": marker}
-    for color, line, marker in (
-        *((_BLUE, "-", "o"), (_ORANGE, "--", "s"), (_GREEN, "-.", "^"), (_RED, ":", "D")),
-        *((_PURPLE, "-", "v"), (_SKY, "--", "P")),
-    )
-]
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
+_BLUE, _ORANGE, _GREY = _COLORS[0], _COLORS[1], "#999999"
+_POSTER = {"color": "black", "linestyle": "--", "linewidth": 0.9, "label": "poster"}
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "legend.columnspacing": 1.5,
     "savefig.dpi": 150,
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and tested
     "svg.hashsalt": "metrics",  # the same ids in each drawing
@@ -771,311 +539,271 @@ def _figure(stem: PathLike, width: float, height: float) -> Iterator[Any]:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             picture = io.BytesIO()
             figure.savefig(picture, format=kind, metadata=metadata)
-            write_atomically(f"{os.fspath(stem)}.{kind}", picture.getvalue())
+            write(f"{os.fspath(stem)}.{kind}", picture.getvalue())
 
 
-def _legend_above(figure: Any, axes: Any, columns: int) -> None:
-    """Set the legend of `axes` above all panels, with an entry a label."""
+def _legend_above(figure: Any, axes: Any) -> None:
+    """Set the legend of `axes` in one line above all panels, with an entry a label."""
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries))
 
 
-def _columns(
-    path: PathLike, header: Sequence[str], text: str = "", least: int = 1
-) -> dict[str, Any]:
-    """Return the columns of a CSV file of `least` rows or more: float64 arrays, but str `text`."""
-    rows = read_csv(path, header)
-    if len(rows) < least:
-        raise MetricsError(f"{path}: no row below the header; write the file again")
-    patterns = [_TEXT if name == text else _NUMBER for name in header]
-    _check_cells(path, header, patterns, rows)
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    return {
-        name: cells if name == text else np.array(list(map(float, cells)))
-        for name, cells in columns.items()
-    }
+def _columns(path: Path, *needed: str) -> dict[str, Any]:
+    """Return the columns of a CSV file: lists of str where they are text, else float64 arrays."""
+    header, rows = read_csv(path)
+    missing = set(needed) - set(header)
+    if missing:
+        raise MetricsError(f"{path}: no column {', '.join(sorted(missing))}; write it again")
+    if not rows and "threshold" not in header:  # an undefined curve alone has no row
+        raise MetricsError(f"{path}: no row below the header; write it again")
+    columns: dict[str, Any] = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    for name in columns.keys() - {"name", "system", "note"}:
+        try:
+            columns[name] = np.array(columns[name], dtype=np.float64)
+        except ValueError as error:
+            raise MetricsError(f"{path}: column {name}: {error}; write it again") from None
+    return columns
 
 
-def _names_and_support(per_class_csv: PathLike) -> tuple[list[str], np.ndarray]:
-    table = _columns(per_class_csv, PER_CLASS_HEADER, text="name")
-    support = table["support"]
-    if not (support >= 0).all() or not 0 < support.sum() < np.inf:
-        raise MetricsError(f"{per_class_csv}: the support counts no images; write the file again")
-    return table["name"], support
+def _title(k: int, name: str, width: int) -> str:
+    """Return '5: Podocytes' in lines of `width`, or '5' where the name says no more."""
+    return "\n".join(textwrap.wrap(str(k) if name in ("", str(k)) else f"{k}: {name}", width))
 
 
-def _class_title(index: int, name: str, width: int) -> str:
-    """Return '3: Podocytes' in lines of `width`, or '3' where the name says no more."""
-    title = str(index) if name in ("", str(index)) else f"{index}: {name}"
-    return "\n".join(textwrap.wrap(title, width))
+def _read_classes(folder: PathLike, width: int) -> tuple[list[str], np.ndarray]:
+    """Return each class's title in lines of `width`, and its ratio to 3 digits after the point."""
+    table = _columns(Path(folder, "per_class.csv"), "name")
+    ratios = table["ratio"] if "ratio" in table else table["support"] / table["support"].sum()
+    return [_title(k, name, width) for k, name in enumerate(table["name"])], ratios.round(3)
 
 
-def draw_class_ratios(per_class_csv: PathLike, stem: PathLike) -> None:
-    """Draw each class's share of the test images as a bar, from the file of `per_class`."""
-    names, support = _names_and_support(per_class_csv)
-    with _figure(stem, 5.5, 0.9 + 0.3 * len(support)) as figure:
+def _read_roc(folder: PathLike) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, Any]]:
+    """Return (fpr, tpr) of each class and the columns of auc.csv."""
+    path = Path(folder, "roc.csv")
+    if path.exists():  # the poster's
+        areas = _columns(path.with_name("auc.csv"), "auc")
+        names = [f"tpr_{k}" for k in range(len(areas["auc"]))]
+        points = _columns(path, "fpr", *names)
+        return [(points["fpr"], points[name]) for name in names], areas
+    areas = _columns(Path(folder, "roc", "auc.csv"), "auc", "auc_low", "auc_high")
+    files = [Path(folder, "roc", f"class_{k}.csv") for k in range(len(areas["auc"]))]
+    curves = [_columns(file, "fpr", "tpr") for file in files]
+    return [(points["fpr"], points["tpr"]) for points in curves], areas
+
+
+def draw_class_ratios(folder: PathLike, stem: PathLike) -> None:
+    """Draw each class's share of the test images as a bar, from per_class.csv."""
+    titles, ratios = _read_classes(folder, 45)
+    with _figure(stem, 5.2, 0.8 + 0.28 * len(ratios)) as figure:
         axes = figure.subplots()
-        bars = axes.barh(range(len(support)), support / support.sum(), color=_BLUE, height=0.7)
-        axes.bar_label(bars, fmt="{:.3f}", padding=3)
-        titles = [_class_title(k, name, 45) for k, name in enumerate(names)]
-        axes.set_yticks(range(len(titles)), titles)
+        axes.bar_label(axes.barh(titles, ratios, color=_BLUE, height=0.7), fmt="{:g}", padding=3)
         axes.invert_yaxis()  # class 0 on top, as in the tables
         axes.margins(x=0.12)
-        axes.set_xlim(left=0)
-        axes.set(xlabel=f"class ratio (of {support.sum():,.0f} test images)", ylabel="class")
+        axes.set(xlabel="class ratio (share of the test images)")
 
 
-def draw_confusion(confusion_csv: PathLike, stem: PathLike) -> None:
-    """Draw the confusion matrix: counts, shaded by their share of the true class."""
-    matrix = read_confusion(confusion_csv)
+def draw_confusion(folder: PathLike, stem: PathLike) -> None:
+    """Draw confusion.csv: counts, shaded by their share of the true class."""
+    columns = _columns(Path(folder, "confusion.csv"), "label")
+    del columns["label"]
+    matrix = np.column_stack(list(columns.values()))
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    num_classes = len(matrix)
     # scikit-learn's ConfusionMatrixDisplay goes through pyplot and can't shade by one matrix what
     # it labels by another.
-    side = max(3.0, 0.5 * num_classes)
+    side = max(3.0, 0.45 * len(matrix))
     with _figure(stem, side + 1.4, side + 0.5) as figure:
         axes = figure.subplots()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for row, column in np.ndindex(matrix.shape):
+        for (row, column), count in np.ndenumerate(matrix):
             color = "white" if share[row, column] > 0.5 else "black"
-            count = str(matrix[row, column])
-            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
-        axes.set(xticks=range(num_classes), yticks=range(num_classes))
+            axes.text(column, row, f"{count:.0f}", ha="center", va="center", size=8, color=color)
+        axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        bar = figure.colorbar(image, label="share of the true class", shrink=0.8)
-        bar.outline.set_visible(False)
+        figure.colorbar(image, label="share of the true class", shrink=0.8).outline.set(lw=0)
 
 
-def draw_roc(
-    roc_folder: PathLike,
-    auc_csv: PathLike,
-    per_class_csv: PathLike,
-    stem: PathLike,
-    reference_auc: Sequence[float] | None = None,
-    reference_name: str = "reference",
-) -> None:
-    """Draw a panel a class: the ROC curve, its AUC with interval, and the class ratio.
-
-    Parameters
-    ----------
-    roc_folder : path
-        Holds class_0.csv, class_1.csv, ... as `write_roc` writes them.
-    auc_csv, per_class_csv : path
-        What `write_classes` made of `class_aucs` and of `per_class`.
-    stem : path
-        The figure's, without ".png" and ".svg".
-    reference_auc : sequence of K floats, optional
-        AUCs to stand beside these, such as the poster's; NaN for none.
-    reference_name : str, optional
-        Whose they are.
-    """
-    areas = _columns(auc_csv, AUC_HEADER, text="name")
-    names, support = _names_and_support(per_class_csv)
-    num_classes = len(support)
-    _same_length(f"classes in {auc_csv}", len(areas["auc"]), "elsewhere", num_classes)
-    if reference_auc is None:
-        reference_auc = [math.nan] * num_classes
-    _same_length("reference AUCs", len(reference_auc), "classes", num_classes)
-    curves = [
-        _columns(Path(roc_folder) / f"class_{k}.csv", ROC_HEADER, least=0)
-        for k in range(num_classes)
-    ]
-    rows = -(-num_classes // 4)
-    columns = -(-num_classes // rows)
-    with _figure(stem, 0.4 + 1.8 * columns, 0.4 + 1.95 * rows) as figure:
+def draw_roc(folder: PathLike, stem: PathLike, reference: PathLike | None = None) -> None:
+    """Draw a panel a class: the ROC curve, its AUC with interval, the class ratio."""
+    titles, ratios = _read_classes(folder, 23)
+    curves, areas = _read_roc(folder)
+    poster_curves, poster_areas = _read_roc(reference) if reference else ([], {})
+    rows = -(-len(curves) // 4)
+    columns = -(-len(curves) // rows)
+    with _figure(stem, 0.4 + 1.75 * columns, 0.4 + 1.9 * rows + 0.3 * bool(reference)) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for unused in grid[num_classes:]:
-            unused.remove()
-        for k, axes in enumerate(grid[:num_classes]):
-            axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=0.8)
-            axes.plot(curves[k]["fpr"], curves[k]["tpr"], color=_BLUE, linewidth=1.3)
-            low, high = areas["auc_low"][k], areas["auc_high"][k]
-            lines = [
-                f"AUC {areas['auc'][k]:.3f}" if len(curves[k]["fpr"]) else "AUC undefined",
-                f"({low:.3f} to {high:.3f})" if np.isfinite(low) else "",
-                f"{reference_name} {reference_auc[k]:.3f}" if np.isfinite(reference_auc[k]) else "",
-                f"class ratio {support[k] / support.sum():.3f}",
-            ]
-            text = "\n".join(filter(None, lines))
-            axes.text(1, 0.01, text, ha="right", va="bottom", fontsize=7.5, linespacing=1.15)
-            axes.set_title(_class_title(k, names[k], 26))
+        for k, axes in enumerate(grid):
+            if k >= len(curves):
+                axes.remove()
+                continue
+            axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=0.8)
+            axes.plot(*curves[k], color=_BLUE, label="this run")
+            lines = [f"AUC {areas['auc'][k]:.3f}" if len(curves[k][0]) else "AUC undefined"]
+            if "auc_low" in areas and np.isfinite(areas["auc_low"][k]):
+                lines.append(f"({areas['auc_low'][k]:.3f} to {areas['auc_high'][k]:.3f})")
+            if reference:
+                axes.plot(*poster_curves[k], **_POSTER)
+                lines.append(f"poster {poster_areas['auc'][k]:.3f}")
+            lines.append(f"class ratio {ratios[k]:g}")
+            axes.text(1, 0.01, "\n".join(lines), ha="right", va="bottom", size=7.5)
+            axes.set_title(titles[k])
             axes.set(aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-            axes.tick_params(labelbottom=k + columns >= num_classes)
-        figure.supxlabel("false positive rate", fontsize=9)
-        figure.supylabel("true positive rate", fontsize=9)
+            axes.tick_params(labelbottom=k + columns >= len(curves))
+        figure.supxlabel("false positive rate", size=9)
+        figure.supylabel("true positive rate", size=9)
+        if reference:
+            _legend_above(figure, grid[0])
 
 
-def draw_history(history_csv: PathLike, stem: PathLike) -> None:
-    """Draw accuracy and loss over the epochs; thin lines mark where the learning rate drops."""
-    history = _columns(history_csv, HISTORY_HEADER)
-    epochs = history["epoch"]
-    drops = epochs[1:][np.diff(history["learning_rate"]) < 0]
-    parts = {"train": "training", "valid": "validation"}
-    size = 3 if len(epochs) <= 30 else 0  # more markers would hide the line
-    with _figure(stem, 7.2, 2.9) as figure:
+def draw_history(folder: PathLike, stem: PathLike, reference: PathLike | None = None) -> None:
+    """Draw history.csv: accuracy and loss over the epochs, and where the learning rate drops."""
+    parts = {"train": ("training", _BLUE), "valid": ("validation", _ORANGE)}
+    needed = [f"{part}_{quantity}" for part in parts for quantity in ("accuracy", "loss")]
+    history = _columns(Path(folder, "history.csv"), "epoch", *needed)
+    poster = _columns(Path(reference, "history.csv"), "epoch", *needed) if reference else None
+    marker = "o" if len(history["epoch"]) <= 30 else ""  # more would hide the line
+    rates = history.get("learning_rate", np.zeros_like(history["epoch"]))  # the poster's: unknown
+    drops = history["epoch"][1:][np.diff(rates) < 0]
+    with _figure(stem, 7.2, 2.7) as figure:
         panels = figure.subplots(1, 2)
         for axes, quantity in zip(panels, ("accuracy", "loss"), strict=True):
-            for (part, label), style in zip(parts.items(), _LINES, strict=False):
+            for part, (label, color) in parts.items():
                 values = history[f"{part}_{quantity}"]
-                axes.plot(epochs, values, **style, markersize=size, label=label)
-            label = "learning rate drops"
+                style = {"marker": marker, "markersize": 3, "color": color, "label": label}
+                axes.plot(history["epoch"], values, **style)
+            for part in parts if poster else ():
+                axes.plot(poster["epoch"], poster[f"{part}_{quantity}"], **_POSTER)
             for drop in drops:
-                axes.axvline(drop, color=_GREY, linewidth=0.6, zorder=0, label=label)
+                axes.axvline(drop, color=_GREY, lw=0.6, zorder=0, label="learning rate drops")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set(xlabel="epoch", ylabel=quantity)
-        _legend_above(figure, panels[0], columns=3)
+        _legend_above(figure, panels[0])
 
 
-def _read_trials(path: PathLike) -> dict[tuple, list[tuple[float, float]]]:
-    """Return (resource, loss) of each rung of each (bracket, trial); a failed one's loss is NaN."""
-    trials: dict[tuple, list[tuple[float, float]]] = {}
+def draw_search(folder: PathLike, stem: PathLike) -> None:
+    """Draw tuning.jsonl: the loss of each trial of the search against the epochs it had.
+
+    The trial with the lowest loss after the most epochs is highlighted; crosses on the upper edge
+    are trials that failed.
+    """
+    path = Path(folder, "tuning.jsonl")
+    trials: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for number, line in enumerate(_read_text(path).split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
-            loss = record["loss"]
-            point = float(record["resource"]), math.nan if loss is None else float(loss)
-            if not 0 < point[0] < math.inf:
-                raise ValueError(f"resource {record['resource']}")
+            loss = math.nan if record["loss"] is None else float(record["loss"])
+            point = float(record["resource"]), loss
             trials.setdefault((record["bracket"], record["trial"]), []).append(point)
         except (ValueError, TypeError, KeyError) as error:
-            raise MetricsError(
-                f"{path}: row {number} is no record of a trial ({error!r}); "
-                "give JSON objects with bracket, trial, resource and loss"
-            ) from None
-    return trials
-
-
-def draw_search(tuning_jsonl: PathLike, stem: PathLike) -> None:
-    """Draw the loss of each trial of a search against its resource.
-
-    Trials that reached the last rung of their bracket are highlighted, the one with the lowest loss
-    there most; crosses on the upper edge are trials that failed.
-
-    Parameters
-    ----------
-    tuning_jsonl : path
-        A JSON object a line, with the keys bracket, trial, resource and loss (null if it failed).
-    stem : path
-        The figure's, without ".png" and ".svg".
-    """
-    trials = _read_trials(tuning_jsonl)
-    points = [point for path in trials.values() for point in path]
+            raise MetricsError(f"{path}: row {number} is no trial ({error!r})") from None
+    points = [point for trial in trials.values() for point in trial]
     resources = sorted({resource for resource, _ in points})
-    last: dict[object, float] = {}
-    for (bracket, _), path in trials.items():
-        last[bracket] = max(last.get(bracket, 0), *(resource for resource, _ in path))
-    survivors = {
-        (bracket, trial): loss
-        for (bracket, trial), path in trials.items()
-        for resource, loss in path
-        if resource == last[bracket] and np.isfinite(loss)
-    }
-    best = min(survivors, key=survivors.get, default=None)
-    losses = np.array([loss for _, loss in points if np.isfinite(loss)])
+    finite = [point for point in points if np.isfinite(point[1])]
     failed = [resource for resource, loss in points if not np.isfinite(loss)]
+    best = min(finite, key=lambda point: (-point[0], point[1]), default=None)
+    losses = [loss for _, loss in finite]
     with _figure(stem, 7.2, 3.9) as figure:
         axes = figure.subplots()
-        # The highlighted lines come last, so that they lie on top.
-        for key in sorted(trials, key=lambda key: (key in survivors, key == best)):
-            color, width, marker, label = _GREY, 0.8, ".", "stopped earlier"
-            if key in survivors:
-                color, width, marker, label = _BLUE, 1.5, "o", "in the last rung"
-            if key == best:
-                color, width, marker, label = _RED, 2.2, "s", "lowest loss there"
-            style = {"color": color, "linewidth": width, "marker": marker, "markersize": 4}
-            axes.plot(*zip(*sorted(trials[key]), strict=True), **style, label=label)
+        for trial in trials.values():
+            look = {"color": _GREY, "linewidth": 0.8, "label": "trial"}
+            if best in trial:
+                look = {"color": _BLUE, "linewidth": 2, "label": "lowest loss", "zorder": 3}
+            axes.plot(*zip(*sorted(trial), strict=True), marker="o", markersize=3, **look)
         if failed:
-            cross = {"color": "black", "marker": "x", "linestyle": "", "clip_on": False}
-            edge = axes.get_xaxis_transform()
-            label = f"failed ({len(failed)})"
-            axes.plot(failed, np.ones(len(failed)), transform=edge, **cross, label=label)
+            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(failed, np.ones(len(failed)), "kx", label=f"failed ({len(failed)})", **edge)
         axes.set_xscale("log")
         axes.set_xticks(resources, [f"{resource:g}" for resource in resources])
         axes.set_xticks([], minor=True)
-        if losses.size and losses.min() > 0 and losses.max() > 20 * losses.min():
+        if losses and 0 < 20 * min(losses) < max(losses):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel="resource (epochs)", ylabel="validation loss")
-        _legend_above(figure, axes, columns=4)
+        axes.set(xlabel="epochs", ylabel="validation loss")
+        _legend_above(figure, axes)
 
 
-def draw_scaling(scaling_csv: PathLike, stem: PathLike) -> None:
-    """Draw time and memory against the number of images, a line a system, on log axes."""
-    table = _columns(scaling_csv, SCALING_HEADER, text="system")
-    systems = list(dict.fromkeys(table["system"]))
+def draw_growth(folder: PathLike, stem: PathLike) -> None:
+    """Draw compare.csv: times and model size against the training images, a line a system."""
+    from matplotlib.ticker import EngFormatter
+
     quantities = {
         "train_seconds": "training (s)",
         "predict_seconds_per_1000": "prediction of 1,000 images (s)",
-        "peak_memory_mb": "peak memory (MB)",
+        "model_mb": "model (MB)",
     }
-    with _figure(stem, 7.2, 2.9) as figure:
+    table = _columns(Path(folder, "compare.csv"), "system", "training_images", *quantities)
+    systems, images = np.array(table["system"]), table["training_images"]
+    with _figure(stem, 7.2, 2.7) as figure:
         panels = figure.subplots(1, 3)
-        for axes, (column, label) in zip(panels, quantities.items(), strict=True):
-            for system, style in zip(systems, itertools.cycle(_LINES)):
-                rows = np.flatnonzero(np.array(table["system"]) == system)
-                rows = rows[np.argsort(table["images"][rows])]
-                images, values = table["images"][rows], table[column][rows]
-                axes.plot(images, values, **style, markersize=4, label=system)
+        for axes, (quantity, label) in zip(panels, quantities.items(), strict=True):
+            axes.set_prop_cycle(color=_COLORS, marker=tuple("os^Dv"))
+            for system in dict.fromkeys(table["system"]):
+                rows = np.flatnonzero(systems == system)
+                rows = rows[np.argsort(images[rows])]
+                axes.plot(images[rows], table[quantity][rows], markersize=4, label=system)
             axes.set(xscale="log", yscale="log", xlabel="training images", ylabel=label)
-            for axis in (axes.xaxis, axes.yaxis):
+            for axis, formatter in ((axes.xaxis, EngFormatter(sep="")), (axes.yaxis, "{x:,.10g}")):
                 if np.ptp(np.log10(axis.get_view_interval())) < 2:
                     axis.get_major_locator().set_params(subs=(1, 2, 5))
-                axis.set_major_formatter("{x:,.10g}")
+                axis.set_major_formatter(formatter)
                 axis.set_minor_formatter("")
-        _legend_above(figure, panels[0], columns=min(5, len(systems)))
+        _legend_above(figure, panels[0])
 
 
 def draw_samples(
     images: np.ndarray,
-    labels: ArrayLike,
+    labels: np.ndarray,
     class_names: Sequence[str],
     stem: PathLike,
     per_class: int = 8,
 ) -> None:
-    """Draw the first images of each class, a row a class.
+    """Draw the first `per_class` images of each class, a row a class.
 
-    Parameters
-    ----------
-    images : (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8
-        Grey or RGB.
-    labels : (N,) integers
-        Class indices.
-    class_names : sequence of K str
-        What stands beside the rows.
-    stem : path
-        The figure's, without ".png" and ".svg".
-    per_class : int
-        Images a row, at least 1.
+    Images are (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8: grey or RGB.
     """
-    labels = _class_indices("labels", labels, len(class_names))
-    channels = images.shape[3:]
-    if images.dtype != np.uint8 or images.ndim < 3 or channels not in ((), (1,), (3,)):
-        raise MetricsError(
-            f"the images have the type {images.dtype} and shape {images.shape}; "
-            "give uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
-        )
-    _same_length("labels", len(labels), "images", len(images))
     high, wide = images.shape[1:3]
     gap = max(1, wide // 14)
     shape = len(class_names) * (high + gap) - gap, per_class * (wide + gap) - gap
-    sheet = np.full(shape + channels, 255, dtype=np.uint8)
+    sheet = np.full(shape + images.shape[3:], 255, dtype=np.uint8)
     for k in range(len(class_names)):
         for place, index in enumerate(np.flatnonzero(labels == k)[:per_class]):
             top, left = k * (high + gap), place * (wide + gap)
             sheet[top : top + high, left : left + wide] = images[index]
-    names = [_class_title(k, name, 26) for k, name in enumerate(class_names)]
-    with _figure(stem, 2 + 0.6 * per_class, 0.2 + 0.6 * len(names) * high / wide) as figure:
+    titles = [_title(k, name, 26) for k, name in enumerate(class_names)]
+    with _figure(stem, 2 + 0.6 * per_class, 0.2 + 0.6 * len(titles) * high / wide) as figure:
         axes = figure.subplots()
         axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
-        axes.set_yticks((high - 1) / 2 + (high + gap) * np.arange(len(names)), names)
+        axes.set_yticks((high - 1) / 2 + (high + gap) * np.arange(len(titles)), titles)
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
 
 
-# Command line
+# ---- command line --------------------------------------------------------------------------------
+
+
+def _report(predictions: Predictions) -> str:
+    """Return what the command line prints."""
+    num_classes = predictions.logits.shape[1]
+    matrix = confusion(predictions.labels, predictions.predicted, num_classes)
+    intervals = bootstrap_intervals(matrix)
+    figures = [
+        (METRIC_NAMES[key], f"{value:.4f}", "{:.4f} to {:.4f}".format(*intervals[key]))
+        for key, value in summary_from_confusion(matrix).items()
+    ]
+    files = tables(predictions, [""] * num_classes)
+    classes = []
+    for row, area in zip(files["per_class.csv"][1], files["roc/auc.csv"][1], strict=True):
+        k, _, precision, recall, f1, support = row
+        values = [f"{value:.4f}" for value in (precision, recall, f1, area[2])]
+        classes.append((k, support, *values, f"{area[3]:.4f} to {area[4]:.4f}"))
+    header = ("class", "support", "precision", "recall", "F1", "AUC", "95 % interval of AUC")
+    return (
+        f"{len(predictions.ids):,} images, {num_classes} classes\n\n"
+        f"{markdown_table(('metric', 'value', '95 % interval'), figures)}\n"
+        f"{markdown_table(header, classes)}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1102,35 +830,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _report(predictions: Predictions) -> str:
-    _, labels, predicted, logits = predictions
-    num_classes = logits.shape[1]
-    matrix = confusion(labels, predicted, num_classes)
-    intervals = bootstrap_intervals(matrix)
-    figures = [
-        (METRIC_NAMES[name], f"{value:.4f}", "{:.4f} to {:.4f}".format(*intervals[name]))
-        for name, value in summary_from_confusion(matrix).items()
-    ]
-    aucs = class_aucs(labels, logits, roc_curves(labels, logits))
-    classes = [
-        (
-            *(k, metrics.support),
-            *(f"{value:.4f}" for value in (*metrics[:3], area.auc)),
-            f"{area.auc_low:.4f} to {area.auc_high:.4f}",
-        )
-        for k, (metrics, area) in enumerate(
-            zip(per_class(labels, predicted, num_classes), aucs, strict=True)
-        )
-    ]
-    header = ("class", "support", "precision", "recall", "F1", "AUC", "95 % interval of AUC")
-    return (
-        f"{len(labels):,} images, {num_classes} classes\n\n"
-        + markdown_table(("metric", "value", "95 % interval"), figures)
-        + "\n"
-        + markdown_table(header, classes)
-    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Regenerate the table and the ROC curves of "Medical Image Classification Model Based on CNN".
 
 ``python reproduce.py --stage all`` searches hyperparameters, trains with the poster's, tests,
-draws, reports, verifies, and writes ``results/<data set>/``. On the poster's data (TissueMNIST,
-downloaded; 120,000 training images) that takes more than an hour on two cores; where there is no
-network it runs on scikit-learn's digits, in 3 minutes. The stages can be run one by one, and what
-was interrupted goes on.
+draws, reports and verifies, in ``results/<data set>/``: on TissueMNIST, the poster's images, in an
+hour or two on two CPU cores; where there is no network on scikit-learn's digits, in minutes. What
+was interrupted goes on when the same command is given again.
+
+From top to bottom: what the poster says; the terminal; the results folder (`Run`); the stages, in
+the order of the chain; the audit; the command line. Start reading at `main`, the last function.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import csv
 import hashlib
 import importlib.util
 import itertools
@@ -24,25 +24,27 @@ import pickle
 import platform
 import random
 import re
+import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
-import textwrap
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 try:
+    import joblib
+    import numpy as np
+
     import data
     import hyperband
     import metrics
@@ -53,31 +55,20 @@ except KeyboardInterrupt:  # importing PyTorch takes seconds
     print("reproduce.py: interrupted before it began", file=sys.stderr)
     raise SystemExit(130) from None
 
-# ---------------------------------------------------------------------- the poster's figures
-# From the poster's table and confusion matrix (rows true, columns predicted), and its ROC figure.
 
-POSTER_TABLE = {"accuracy": 0.6387, "f1": 0.5426, "recall": 0.5356, "precision": 0.5678}
-POSTER_CONFUSION = (
-    (12535, 237, 29, 309, 164, 131, 1342, 1290),
-    (1032, 435, 25, 72, 54, 26, 299, 409),
-    (47, 0, 805, 240, 264, 398, 12, 19),
-    (318, 1, 167, 3078, 580, 211, 243, 65),
-    (307, 7, 190, 671, 1902, 198, 203, 92),
-    (184, 0, 389, 263, 216, 1060, 135, 84),
-    (1522, 66, 20, 383, 204, 139, 8211, 1271),
-    (1633, 145, 7, 160, 121, 98, 1373, 3909),
-)
-POSTER_AUC = (0.8678, 0.7602, 0.9613, 0.9441, 0.9150, 0.9389, 0.8801, 0.8170)
-POSTER_RATIOS = (0.32, 0.05, 0.04, 0.09, 0.07, 0.05, 0.24, 0.15)  # in the legends of its ROC
+class RunError(ValueError):
+    """The command cannot be carried out as it was given; the message is one line."""
+
+
+# ------------------------------------------------------------------------ what the poster says
+
+REFERENCE = Path(__file__).resolve().parent / "results" / "reference"
+POSTER = REFERENCE / "poster"  # its table, matrix and curves: the code has them from nowhere else
 # Fixed before any run: how far a reproduction may lie from the poster's figures.
 TOLERANCE = {"accuracy": 0.01, "f1": 0.02, "recall": 0.02, "precision": 0.02, "auc": 0.02}
-# How far the logits of one network may lie apart on two machines, as a share of the largest.
-LOGIT_TOLERANCE = 1e-4
 
-# ------------------------------------------------------------------------------- the search
 # Batch size, number of features and patience are on the poster, with the values that open each
 # list; the learning rate and the weight decay that the authors used were drawn too.
-
 SPACE = {
     "batch_size": Choice((128, 256, 512)),
     "num_features": Choice((8, 16, 32)),
@@ -88,350 +79,136 @@ SPACE = {
 }
 TUNING_IMAGES = 10_000  # the poster's "subset of the whole dataset"
 
-STAGES = ("tune", "train", "test")
-# Patterns of the files that a stage writes, and so may remove.
-OUTPUTS = {
-    "tune": ("tuning.jsonl", "best.json", "trials/trial-*", "trials/*.npy"),
-    "train": ("training.pt", "model.pt", "history.csv"),
-    "test": (
-        "predictions.csv",
-        "confusion.csv",
-        "per_class.csv",
-        "table.csv",
-        "table.md",
-        "roc/class_*.csv",
-        "roc/auc.csv",
-    ),
-    "seeds": ("seeds.csv", "seeds.md"),
-    "compare": ("measured.json", "compare.csv", "scaling.csv", "compare.md"),
-    "figures": ("figures/*.png", "figures/*.svg"),
-    "report": ("report.md",),
-}
-# What is out of date once a stage is done again.
-FOLLOWING = {
-    "tune": ("figures", "report"),
-    "train": ("test",),
-    "test": ("figures", "report"),
-    "seeds": ("report",),
-    "compare": ("figures", "report"),
-    "figures": ("report",),
-}
-# Files by which an interrupted stage goes on, and which a finished one has no more.
-UNFINISHED = ("training.pt", "measured.json")
-# Stages that look at the results of others: on the same data, without being told it again.
-LATER = ("test", "verify", "figures", "report", "compare")
 
-
-class RunError(ValueError):
-    """The command cannot be carried out as it was given; the message is one line."""
-
-
-# -------------------------------------------------------------------------------- checked files
-
-
-def fingerprint(content: bytes) -> str:
-    """Give the SHA-256 of a file, and two sums that locate one changed byte.
-
-    The sums of b[i] and of i * b[i] change by d and i * d where one byte changes by d: a
-    weighted checksum, as in an error-correcting code.
-    """
-    numbers = np.frombuffer(content, np.uint8).astype(np.int64)
-    weighted = numbers @ np.arange(len(numbers))
-    return f"{hashlib.sha256(content).hexdigest()} {numbers.sum()} {weighted}"
-
-
-def locate(name: str, content: bytes, stored: str) -> str:
-    """Name the place of the one byte that differs from the file that `stored` was made of."""
-    _, plain, weighted = fingerprint(content).split()
-    with contextlib.suppress(ValueError, ZeroDivisionError, IndexError):
-        change = int(plain) - int(stored.split()[1])
-        place, rest = divmod(int(weighted) - int(stored.split()[2]), change)
-        was = content[place] - change
-        original = content[:place] + bytes([was]) + content[place + 1 :]
-        if not rest and place >= 0 and fingerprint(original) == stored:
-            row = content.count(b"\n", 0, place) + 1
-            column: Any = place - content.rfind(b"\n", 0, place)
-            if name.endswith(".csv"):  # the column's name, from the row up to the place
-                line = content[place + 1 - column : place].decode("utf-8", "replace")
-                header = original.split(b"\n", 1)[0].decode("utf-8", "replace").split(",")
-                column = header[len(next(csv.reader([line + "."]))) - 1]
-            return f"row {row}, column {column}: {chr(content[place])!r}, was {chr(was)!r}"
-    return "more than one byte differs"
-
-
-CHECK = '\n "check": "'
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON object whose last key is the fingerprint of what stands before it."""
-    body = json.dumps(content, indent=1, allow_nan=False)[:-2] + ","
-    metrics.write_atomically(path, f'{body}{CHECK}{fingerprint(body.encode())}"\n}}\n')
-
-
-def read_json(path: Path) -> dict:
-    """Read what `write_json` wrote; RunError where one byte of it has changed."""
-    raw, content = read_object(path)
-    body, _, stored = raw.rpartition(CHECK.encode())
-    stored = stored.removesuffix(b'"\n}\n').decode("ascii", "replace")
-    if fingerprint(body) != stored:
-        place = locate(path.name, body, stored)
-        raise RunError(f"{path} was changed or damaged ({place}): restore it")
-    content.pop("check")
-    return content
-
-
-def read_object(path: Path) -> tuple[bytes, dict]:
-    """Read a JSON object: its bytes and its content."""
+def column(path: Path, name: str, kind: type = str) -> list[Any]:
+    """Read one column of a CSV file."""
+    header, rows = metrics.read_csv(path)
     try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-        if not isinstance(content, dict):
-            raise ValueError
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise RunError(f"{path} is no JSON object: restore it") from None
-    return raw, content
+        return [kind(row[header.index(name)]) for row in rows]
+    except ValueError as error:
+        raise metrics.MetricsError(f"{path}: column {name}: {error}; restore the file") from None
 
 
-# ----------------------------------------------------------------------------------- terminal
+def comparable(about: dict[str, Any]) -> bool:
+    """Tell whether a run's figures may stand beside the poster's, given run.json's `data`.
+
+    TissueMNIST under the poster's split, or a test set whose class counts are the poster's to the
+    image, as the authors' own files have them.
+    """
+    if about["md5"] == data.MEDMNIST["tissuemnist"] and about["split"] == "poster":
+        return True
+    if sum(about["test_counts"]) != 50_000:
+        return False
+    _, rows = metrics.read_csv(POSTER / "confusion.csv")
+    return about["test_counts"] == [sum(map(int, row[1:])) for row in rows]
+
+
+# -------------------------------------------------------------------------------- the terminal
 
 
 class Progress:
     """A bar with an ETA: redrawn in place on a terminal, a line a step in a log."""
 
-    def __init__(self, label: str, total: float, stream: Any = None) -> None:
-        self.label, self.total, self.stream = label, total, stream or sys.stdout
-        self.live = self.stream.isatty()
+    def __init__(self, label: str, total: float) -> None:
+        self.label, self.total, self.live = label, total, sys.stdout.isatty()
         self.started, self.first, self.drawn = time.monotonic(), None, 0.0
 
-    def __call__(self, done: float, text: str = "", *, step: bool = False) -> None:
+    def __call__(self, done: float, text: str, *, step: bool = False) -> None:
         """Show that `done` of the total is reached; `step` marks what a log has a line for."""
         now = time.monotonic()
         if self.first is None:  # what an earlier run did says nothing of the speed of this one
             self.first = done
-        if not (step or (self.live and now - self.drawn > 0.1)):
+        if not step and not (self.live and now - self.drawn > 0.1):
             return
         self.drawn = now
-        share = min(1.0, done / self.total)
-        eta = ""
-        if done > self.first and share < 1:
+        if self.first < done < self.total:
             left = (now - self.started) * (self.total - done) / (done - self.first)
-            eta = f"  ETA {duration(left)}"
+            text += f"  ETA {duration(left)}"
         if self.live:
-            bar = "#" * round(20 * share)
-            line = f"{self.label:<8} [{bar:<20}] {share:4.0%}  {text}{eta}"
+            share = min(1.0, done / self.total)
             width = shutil.get_terminal_size().columns - 1
-            self.stream.write(f"\r{line[:width]:<{width}}")
+            line = f"{self.label:<8} [{'#' * round(20 * share):<20}] {share:4.0%}  {text}"[:width]
+            print(f"\r{line:<{width}}", end="\n" * (done >= self.total), flush=True)
         else:
-            self.stream.write(f"{self.label:<8} {text}{eta}\n")
-        self.stream.flush()
-
-    def close(self) -> None:
-        """End the redrawn line."""
-        if self.live and self.drawn:
-            self.stream.write("\n")
-            self.stream.flush()
+            print(f"{self.label:<8} {text}", flush=True)
 
 
 def duration(seconds: float) -> str:
     """Write seconds as 12s, 3m05s or 2h07m."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-# ------------------------------------------------------------------------------ results folder
+def shown(value: Any) -> str:
+    """Write a JSON value in few characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; a second process is told the first's id.
+# -------------------------------------------------------------------------- the results folder
 
-    The lock is the kernel's, so it ends with its process, however that ends.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two processes there have to be kept apart by hand
-        yield
-        return
-    path = folder / ".lock"
-    while True:
-        file = path.open("a+", encoding="ascii")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise RunError(
-                f"{folder} is in use by process {holder}: wait for it, or choose another --results"
-            ) from None
-        except OSError:  # a file system without locks, such as Lustre by default
-            break
-        # Its holder may have removed it between our opening and our locking it.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                break
-        file.close()
-    with file:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+# What each stage writes: removed where the stage begins anew, and with it what follows from it.
+FILES = {
+    "tune": ("tuning.jsonl", "best.json", "trials"),
+    "train": ("history.csv", "model.pt", "training.pt"),
+    "test": ("predictions.csv", "confusion.csv", "per_class.csv", "table.csv", "roc"),
+    "compare": ("compare.csv",),
+    "figures": ("figures",),
+    "report": ("seeds.csv", "report.md"),
+}
+FOLLOWING = {"train": ("test",)} | dict.fromkeys(("tune", "test", "compare"), ("figures", "report"))
+# By these an interrupted stage goes on; a folder at rest has neither.
+UNFINISHED = {"tune": "trials", "train": "training.pt"}
 
 
 class Run:
-    """One results folder, and what is to be done in it.
+    """A results folder, the images that it is about, and the options of the command.
 
-    `record` is the content of run.json: `data` says what the run is on, and an entry a stage holds
-    its settings, the environment it ran in and, once its files are complete, its result and their
-    fingerprints.
+    `record` is run.json: under "data" what `describe` says of images and split; under the name of
+    a stage that was begun the "options" that decide its outcome, the "environment" and, once it is
+    done, its "seconds"; under "seeds" the seeds of the folders inside. `home` is the folder with
+    the search: this one or, of one of several seeds, the one around it.
     """
 
-    def __init__(
-        self, arguments: argparse.Namespace, images: data.ImageData, folder: Path, best: Path
-    ) -> None:
-        self.arguments, self.images, self.folder, self.best = arguments, images, folder, best
-        self.record: dict[str, Any] = {}
-        if (folder / "run.json").exists():
-            try:
-                self.record = read_json(folder / "run.json")
-            except RunError as error:
-                if not arguments.overwrite:
-                    raise RunError(f"{error}, or say --overwrite to start over") from None
-        known = self.record.get("data", {}) if arguments.stage in LATER else {}
-        self.split_name = arguments.split or known.get("split", "poster")
-        if arguments.test_data:
-            self.split_name = "folders"
-        seed = known.get("split_seed") if arguments.split_seed is None else arguments.split_seed
-        if self.split_name == "official":
-            self.split, seed = data.official_split(images), None
-        elif self.split_name == "folders":
-            self.split = data.folders_split(images, seed := seed or 0)
-        else:
-            self.split = data.poster_split(len(images.labels), seed := seed or 0)
-        source = images.name if arguments.data in (None, "auto") else arguments.data
-        self.data = {
-            "name": images.name,
-            "source": source
-            if source in ("tissuemnist", "digits")
-            else str(Path(source).resolve()),
-            "md5": images.md5,
-            "shape": list(images.images.shape),
-            "class_names": list(images.class_names),
-            "split": self.split_name,
-            "split_seed": seed,
-            "sizes": [len(part) for part in self.split],
-        }
-        if arguments.test_data:
-            self.data["test_source"] = str(Path(arguments.test_data).resolve())
+    def __init__(self, folder: Path, images: data.ImageData | None, options: Namespace) -> None:
+        self.folder = self.home = folder
+        self.images, self.options = images, options
+        try:
+            self.record = read_record(folder)
+        except RunError:
+            if not options.overwrite:
+                raise
+            self.record = {}
+        if images is not None:
+            self.split = data.split(images, options.split, options.split_seed)
+            self.about = describe(images, self.split, options)
+            if options.overwrite and self.other_data():
+                self.record = {}
 
-    def open(self, stages: Sequence[str], again: bool) -> None:
-        """See that the folder may take these stages; clear other runs', and all if `again`."""
-        changed = self.changed(self.record.get("data", {}), self.data)
-        if self.record and changed and self.arguments.stage in LATER:
-            raise RunError(
-                f"{self.folder} was made otherwise ({', '.join(changed)} differ): leave out what "
-                f"--stage {self.arguments.stage} takes from its run.json"
-            )
-        if not self.arguments.overwrite:
-            if self.record and changed:
-                self.refuse(changed)
-            ours = re.compile(r"\.lock|run\.json\.tmp|seed-\d+")
-            others = [path for path in self.folder.iterdir() if not ours.fullmatch(path.name)]
-            if not self.record and others:
-                raise RunError(
-                    f"{self.folder} is not empty and holds no run.json: choose another --results, "
-                    "or say --overwrite to write into it"
-                )
-        elif changed:
-            for stage in reversed(OUTPUTS):
-                self.discard(stage)
-        for stage in reversed(stages):
-            if self.differs(stage) or again:
-                self.discard(stage)
-        self.record["data"] = self.data
-        self.save()
+    def seeded(self, seed: int) -> Run:
+        """Give the run of one of several seeds, in a folder inside this one."""
+        options = Namespace(**{**vars(self.options), "seed": seed})
+        run = Run(self.folder / f"seed-{seed}", self.images, options)
+        run.home = self.folder
+        return run
 
-    @staticmethod
-    def changed(ours: dict, theirs: dict) -> list[str]:
-        """Name the settings that differ; where the data lay is none."""
-        keys = {**ours, **theirs}.keys() - {"source", "test_source"}
-        return sorted(key for key in keys if ours.get(key) != theirs.get(key))
+    def other_data(self) -> dict[str, Any]:
+        """Return what run.json says otherwise of data and split; a moved file is the same data."""
+        known = self.record.get("data", self.about)
+        names = [key for key in known if key not in ("name", "source")]
+        return {name: known[name] for name in names if known[name] != self.about[name]}
 
-    def refuse(self, changed: list[str]) -> None:
-        """Raise RunError: the folder holds another run."""
-        raise RunError(
-            f"{self.folder} holds another run ({', '.join(changed)} differ): choose another "
-            "--results, or say --overwrite"
-        )
+    def part(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Copy out the images and labels of an index array."""
+        return self.images.images[index], self.images.labels[index]
 
-    def differs(self, stage: str) -> bool:
-        """Tell whether the stage was begun with other settings; RunError if it may not be."""
-        begun, settings = self.record.get(stage, {}).get("settings"), SETTINGS[stage](self)
-        if begun is None or settings is None:
-            return False
-        changed = self.changed(begun, json.loads(json.dumps(settings)))
-        if changed and not self.arguments.overwrite:
-            self.refuse(changed)
-        return bool(changed)
-
-    def begin(self, stage: str) -> dict[str, Any]:
-        """Record what the stage is about to do, and where; return its settings."""
-        if self.differs(stage):
-            self.discard(stage)
-        for later in FOLLOWING.get(stage, ()):
-            self.discard(later)
-        settings = SETTINGS[stage](self)
-        where = environment(self.arguments.device, settings.get("precision", "fp32"))
-        self.record[stage] = {"settings": settings, "environment": where}
-        self.save()
-        return settings
-
-    def finish(self, stage: str, result: dict) -> None:
-        """Record that the stage's files are complete, and what they are."""
-        self.record[stage]["result"] = result
-        self.record[stage]["files"] = {
-            path.relative_to(self.folder).as_posix(): fingerprint(path.read_bytes())
-            for pattern in OUTPUTS[stage]
-            for path in sorted(self.folder.glob(pattern))
-            if path.is_file() and path.name not in UNFINISHED
-        }
-        self.save()
-
-    def finished(self, stage: str) -> bool:
-        """Tell whether the stage's files are complete."""
-        return "result" in self.record.get(stage, {})
-
-    def discard(self, stage: str) -> None:
-        """Remove the stage's files and forget it, and before it what hangs on it."""
-        for later in FOLLOWING.get(stage, ()):
-            self.discard(later)
-        if self.finished(stage):  # not any more, wherever a kill may cut this off
-            del self.record[stage]["result"], self.record[stage]["files"]
-            self.save()
-        for pattern in OUTPUTS[stage]:
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if self.record.pop(stage, None):
-            self.save()
-
-    def save(self) -> None:
-        """Write run.json."""
-        write_json(self.folder / "run.json", self.record)
-
-    def network_config(self, hyperparameters: model.Hyperparameters) -> dict[str, Any]:
-        """Size the poster's network for these images."""
+    def network(self, hyperparameters: model.Hyperparameters, name: str = "PosterCNN") -> dict:
+        """Size a network for these images: the `config` of `model.build`."""
         shape = self.images.images.shape
         return {
-            "network": "PosterCNN",
+            "network": name,
             "num_features": hyperparameters.num_features,
             "num_classes": self.images.num_classes,
             "in_channels": shape[3] if len(shape) == 4 else 1,
@@ -439,23 +216,185 @@ class Run:
             "dropout": hyperparameters.dropout,
         }
 
-    def part(self, indices: Any) -> tuple[Any, Any]:
-        """Copy out images and labels."""
-        return self.images.images[indices], self.images.labels[indices]
+    def write(self, name: str, content: str) -> None:
+        """Write a file, whole or not at all."""
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        metrics.write(self.folder / name, content)
+
+    def save(self) -> None:
+        """Write run.json."""
+        self.write("run.json", json.dumps(self.record, indent=1, allow_nan=False) + "\n")
+
+    def done(self, stage: str) -> bool:
+        """Tell whether a stage has ended."""
+        return self.record.get(stage, {}).get("seconds") is not None
+
+    def check(self, stage: str, options: dict[str, Any]) -> None:
+        """Raise RunError where the stage was begun with other options."""
+        begun = self.record.get(stage, {}).get("options", options)
+        begun, options = ({**o, **o.get("hyperparameters", {})} for o in (begun, options))
+        for name, value in options.items():
+            if name != "hyperparameters" and begun.get(name) != value:
+                raise RunError(
+                    f"{self.folder}: {stage} was begun with {name} {shown(begun.get(name))}, not "
+                    f"{shown(value)}: give that, choose another --results, or say --overwrite"
+                )
+
+    def begin(self, stage: str, options: dict[str, Any]) -> bool:
+        """Record what a stage is about to do, and where; False where it is done already."""
+        self.check(stage, options)
+        if self.done(stage):
+            print(f"{stage:<8} done already")
+            return False
+        if stage not in self.record:
+            self.drop(stage)  # what an interrupted removal has left is of another run
+        where = environment(self.options.device)
+        self.record[stage] = {"options": options, "environment": where, "seconds": None}
+        self.save()
+        return True
+
+    def finish(self, stage: str, seconds: float) -> None:
+        """Record that the files of a stage are complete."""
+        self.record[stage]["seconds"] = seconds
+        self.save()
+
+    def drop(self, stage: str) -> None:
+        """Forget a stage, then remove its files; before it, what follows from it."""
+        tuned = self.record.get("train", {}).get("options", {}).get("taken_from") == "tuned"
+        for later in (*FOLLOWING.get(stage, ()), *["train"] * (tuned and stage == "tune")):
+            self.drop(later)
+        if self.record.pop(stage, None):
+            self.save()
+        for name in FILES[stage]:
+            remove(self.folder / name)
+
+    def unseal(self, stages: Sequence[str]) -> None:
+        """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
+        self.folder.mkdir(exist_ok=True)
+        if self.options.overwrite:
+            for stage in stages if self.record else FILES:
+                self.drop(stage)
+        elif (self.folder / "SHA256SUMS").exists():
+            # What was changed since must not be sealed again as if it were the run's own.
+            for name, problem in changed_files(self.folder):
+                raise RunError(
+                    f"{self.folder / name} {problem}: restore it, or say --overwrite "
+                    "(--stage verify tells more)"
+                )
+        remove(self.folder / "SHA256SUMS")
+        if self.images is not None:
+            self.record["data"] = self.about
+            self.save()
+
+    def seal(self) -> None:
+        """Write SHA256SUMS, which says that the folder is at rest."""
+        for stage, name in UNFINISHED.items():
+            if self.done(stage):
+                remove(self.folder / name)
+        for path in self.folder.rglob("*.tmp"):  # of a write that was killed
+            path.unlink()
+        sums = (f"{sha256(self.folder / name)}  {name}\n" for name in files_in(self.folder))
+        self.write("SHA256SUMS", "".join(sums))
 
 
-def environment(device: str, precision: str) -> dict[str, Any]:
-    """Tell what results depend on beside the settings."""
+def describe(images: data.ImageData, split: data.Split, options: Namespace) -> dict[str, Any]:
+    """Say what a run is on: the "data" of run.json."""
+    source = images.name if options.data == "auto" else options.data
+    if source != "digits" and source not in data.MEDMNIST:
+        source = str(Path(source).resolve())
+    counts = np.bincount(images.labels[split.test], minlength=images.num_classes)
+    return {
+        "name": images.name,
+        "source": source,
+        "md5": images.md5,
+        "split": options.split,
+        "split_seed": options.split_seed,
+        "shape": list(images.images.shape),
+        "class_names": list(images.class_names),
+        "sizes": [len(part) for part in split],
+        "test_counts": counts.tolist(),
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a folder's run.json; {} where there is none, RunError where it is not ours."""
+    path = folder / "run.json"
+    about = ["name", "source", "md5", "split", "split_seed", "shape", "class_names"]
+    about += ["sizes", "test_counts"]
+    try:
+        record = json.loads(path.read_bytes())
+        stages = {key: entry for key, entry in record.items() if key not in ("data", "seeds")}
+        known = [entry.keys() == {"options", "environment", "seconds"} for entry in stages.values()]
+        if [*record["data"]] != about or not all(known) or stages.keys() - FILES.keys():
+            raise ValueError("its keys are not those that this program writes")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path} is damaged ({reason}): restore it, or say --overwrite") from None
+    return record
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> list[str]:
+    """List what SHA256SUMS lists; the folders of several seeds have their own."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|^\.lock$|^seed-\d+/", n)]
+
+
+def changed_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (file, problem) of every file that is not as SHA256SUMS has it."""
+    text = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
+    listed = dict(reversed(line.split("  ", 1)) for line in text.splitlines() if "  " in line)
+    present = files_in(folder)
+    for name in sorted({*listed, *present}):
+        if name not in present:
+            yield name, "is missing"
+        elif listed.get(name) != sha256(folder / name):
+            yield name, "is not as it was written"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the kernel lets go of it however the process ends."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by another process: wait for it, or choose another --results"
+            ) from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        yield
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Tell what results depend on beside data and options."""
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", str(Path(__file__).resolve().parent)]
-        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        if subprocess.run([*git, "status", "--porcelain", "--", "*.py"], **options).stdout:
+        settings = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **settings).stdout.strip()
+        if subprocess.run([*git, "status", "--porcelain", "--", "*.py"], **settings).stdout:
             commit += " with changes"
     return {
         **model.environment(device),
-        "precision": model.resolve_precision(precision, model.resolve_device(device)),
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "scikit-learn": version("scikit-learn"),
@@ -464,8 +403,7 @@ def environment(device: str, precision: str) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------ tuning
-
+# ---------------------------------------------------------------------------------------- tune
 
 TUNING_ARRAYS = ("train_images", "train_labels", "valid_images", "valid_labels")
 
@@ -482,7 +420,6 @@ class Objective:
     seed: int
     device: str
     precision: str
-    on_batch: Callable[[int, int], None] | None = None
 
     def __call__(
         self, configuration: dict[str, Any], previous: int, resource: int, folder: Path
@@ -492,6 +429,7 @@ class Objective:
         network = {**self.network, "num_features": hyperparameters.num_features}
         # Copy on write: PyTorch shares no read-only array, and nothing writes to it.
         arrays = [np.load(self.arrays / f"{name}.npy", mmap_mode="c") for name in TUNING_ARRAYS]
+        checkpoint = folder / "training.pt"
 
         def fit() -> list[model.EpochRecord]:
             return model.fit(
@@ -502,248 +440,205 @@ class Objective:
                 device=self.device,
                 precision=self.precision,
                 compile="off",  # a trial is too short for it
-                checkpoint=folder / "training.pt",
-                on_batch=self.on_batch,
+                checkpoint=checkpoint,
             )
 
-        with held(folder / ".lock"), model.one_thread():
+        with model.one_thread():  # so that the loss does not depend on the number of workers
             try:
                 history = fit()
-            except model.CheckpointError:  # damaged, and no fault of the configuration
-                (folder / "training.pt").unlink()
+            except model.CheckpointError:  # damaged, which is no fault of the configuration
+                checkpoint.unlink()
                 history = fit()
         return history[-1].valid_loss
 
 
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Wait until no other process holds `path`, and hold it.
-
-    A worker may outlive a killed search for a moment, or on a cluster until its trial is done; the
-    search that goes on must not write beside it.
-    """
-    with path.open("a") as file:
-        with contextlib.suppress(ImportError, OSError):  # where there are no locks, as in `locked`
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-class DaskExecutor(Executor):
-    """A Dask cluster; a trial whose workers died has failed, and the others go on.
-
-    Dask itself runs a trial again whose worker died, so often as its scheduler is told to.
-    """
-
-    def __init__(self, address: str) -> None:
-        try:
-            import distributed
-        except ImportError:
-            raise RunError(
-                "--dask needs distributed: pip install -r requirements-cluster.txt"
-            ) from None
-        try:
-            self.client = distributed.Client(address, timeout=10, set_as_default=False)
-        except (OSError, ValueError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"no Dask scheduler at {address}: {reason}") from None
-        try:
-            for module in (data, model, hyperband, metrics):  # the workers run this very code
-                self.client.upload_file(module.__file__)
-            self.client.upload_file(__file__)
-        except Exception as error:  # whatever an import raises on a machine of the cluster
-            self.client.close()
-            raise RunError(
-                f"the cluster cannot import this program ({error!r:.200}): install "
-                "requirements.txt for its scheduler and its workers"
-            ) from None
-        self.executor = self.client.get_executor()
-
-    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
-        """Run a call on the cluster."""
-        outcome = Future()
-
-        def settle(done: Future) -> None:
-            if outcome.cancelled():
-                return
-            gone = ConnectionError("the Dask scheduler has gone; the same command goes on")
-            if error := gone if done.cancelled() else done.exception():
-                outcome.set_exception(error)
-            else:
-                outcome.set_result(done.result())
-
-        self.executor.submit(function, *arguments, **options).add_done_callback(settle)
-        return outcome
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Leave the cluster; what it still runs for us is cancelled."""
-        self.client.close()
-
-
-def trial_executor(
-    arguments: argparse.Namespace,
-) -> contextlib.AbstractContextManager[Executor | Callable[[], Executor] | None]:
-    """Give what runs the trials: a Dask cluster, processes, or (None) this process."""
-    if arguments.dask:
-        return DaskExecutor(arguments.dask)
-    workers = count_workers(arguments)
-    return hyperband.processes(workers) if workers > 1 else contextlib.nullcontext()
-
-
-def count_workers(arguments: argparse.Namespace) -> int:
-    """Say how many processes run trials: by default one a core, or one for a GPU."""
-    if arguments.workers or model.resolve_device(arguments.device).type != "cpu":
-        return arguments.workers or 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def tuning_schedule(arguments: argparse.Namespace) -> list[list[hyperband.Rung]]:
-    """Give the brackets that the command line asks for."""
-    if isinstance(arguments.schedule, list):  # --from
-        return arguments.schedule
-    if arguments.schedule == "poster":
-        return [hyperband.POSTER_BRACKET]
-    return hyperband.brackets(arguments.max_resource, arguments.eta)
-
-
-def tuning_settings(run: Run) -> dict[str, Any]:
-    """Say what decides the search's outcome."""
+def tuning_options(run: Run) -> dict[str, Any]:
+    """Say what decides the search's outcome, beside the data."""
+    names = ("schedule", "max_resource", "eta", "retrain", "seed", "precision")
     return {
-        "schedule": tuning_schedule(run.arguments),
+        **{name: getattr(run.options, name) for name in names},
         "space": {name: repr(sampler) for name, sampler in SPACE.items()},
         "images": TUNING_IMAGES,
-        "retrain": run.arguments.retrain,
-        "seed": run.arguments.seed,
-        "precision": run.arguments.precision,
     }
 
 
+def brackets(options: dict[str, Any]) -> list[list[hyperband.Rung]]:
+    """Give the brackets that a search's options name."""
+    if options["schedule"] == "poster":
+        return [hyperband.POSTER_BRACKET]
+    return hyperband.brackets(options["max_resource"], options["eta"])
+
+
 def tune(run: Run) -> None:
-    """Search SPACE; write tuning.jsonl, a line a trial, and best.json."""
-    arguments, schedule = run.arguments, tuning_schedule(run.arguments)
-    split = data.tuning_split(run.split, TUNING_IMAGES, arguments.seed)
-    run.begin("tune")
-    total = sum(hyperband.total_resource(rungs, arguments.retrain) for rungs in schedule)
-    progress = Progress("tune", total)
-    epochs, lowest, last = 0, float("inf"), ""
-
-    def on_trial(trial: hyperband.Trial, replayed: bool) -> None:
-        nonlocal epochs, lowest, last
-        rungs = schedule[trial.bracket]
-        continued = trial.rung > 0 and not arguments.retrain
-        epochs += trial.resource - (rungs[trial.rung - 1].resource if continued else 0)
-        if trial.loss is not None:
-            lowest = min(lowest, trial.loss)
-        last = (
-            f"{epochs}/{total} epochs, rung {rungs[trial.rung].configurations}@{trial.resource}, "
-            f"trial {trial.trial}: "
-            + (f"loss {trial.loss:.4f}" if trial.error is None else trial.error)
-            + f", lowest {lowest:.4f}"
-            + (", from the log" if replayed else "")
-        )
-        progress(epochs, last, step=True)
-
-    trials = (run.folder / "trials").absolute()
+    """Search SPACE by successive halving; write tuning.jsonl, a line a trial, and best.json."""
+    options = tuning_options(run)
+    if not run.begin("tune", options):
+        return
+    schedule, seed, retrain = brackets(options), options["seed"], options["retrain"]
+    trials = run.folder.absolute() / "trials"
     trials.mkdir(exist_ok=True)
+    split = data.tuning_split(run.split, TUNING_IMAGES, seed)
     arrays = *run.part(split.train), *run.part(split.valid)
     for name, array in zip(TUNING_ARRAYS, arrays, strict=True):
         # Moved into place: a worker that outlives a killed search may have the old one mapped.
         np.save(trials / f"{name}.tmp.npy", array)
         (trials / f"{name}.tmp.npy").replace(trials / f"{name}.npy")
-    # Decided here for all: the workers of a cluster may be of several kinds.
-    precision = run.record["tune"]["environment"]["precision"]
-    config = run.network_config(model.POSTER)
-    objective = Objective(config, trials, arguments.seed, arguments.device, precision)
-    with trial_executor(arguments) as executor:
-        if executor is None:
-            objective = replace(objective, on_batch=lambda *_: progress(epochs, last))
+    total = sum(hyperband.total_resource(rungs, retrain) for rungs in schedule)
+    progress = Progress("tune", total)
+    epochs, lowest = 0, math.inf
+
+    def on_trial(trial: hyperband.Trial, replayed: bool) -> None:
+        nonlocal epochs, lowest
+        rungs = schedule[trial.bracket]
+        epochs += trial.resource
+        if trial.rung > 0 and not retrain:
+            epochs -= rungs[trial.rung - 1].resource
+        lowest = min(lowest, math.inf if trial.loss is None else trial.loss)
+        outcome = trial.error or f"loss {trial.loss:.4f}"
+        progress(
+            epochs,
+            f"{epochs}/{total} epochs, rung {rungs[trial.rung].configurations}@{trial.resource}, "
+            f"trial {trial.trial}: {outcome}, lowest {lowest:.4f}" + ", from the log" * replayed,
+            step=True,
+        )
+
+    network, device = run.network(model.POSTER), run.options.device
+    objective = Objective(network, trials, seed, device, options["precision"])
+    with trial_executor(run.options) as executor:
         result = hyperband.search(
             objective,
             SPACE,
             schedule,
-            arguments.seed,
+            seed,
             log=run.folder / "tuning.jsonl",
             folder=trials,
-            retrain=arguments.retrain,
+            retrain=retrain,
             executor=executor,
             on_trial=on_trial,
         )
-    progress.close()
-    write_json(run.folder / "best.json", best_content(result.best))
-    shutil.rmtree(run.folder / "trials", ignore_errors=True)
-    failed = sum(trial.loss is None for trial in result.trials)
-    run.finish(
-        "tune",
-        {
-            "epochs": result.resource,
-            "trials": len(result.trials),
-            "failed": failed,
-            "seconds": sum(trial.seconds for trial in result.trials),
-        },
-    )
+    run.write("best.json", best_text(result.best))
+    run.finish("tune", sum(trial.seconds for trial in result.trials))
 
 
-def best_content(best: hyperband.Trial) -> dict[str, Any]:
-    """Say what best.json says."""
-    return {
-        "hyperparameters": asdict(replace(model.POSTER, **best.configuration)),
-        "trial": best.trial,
-        "resource": best.resource,
-        "loss": best.loss,
-    }
+def best_text(best: hyperband.Trial) -> str:
+    """Give the text of best.json."""
+    hyperparameters = asdict(replace(model.POSTER, **best.configuration))
+    outcome = {"trial": best.trial, "resource": best.resource, "loss": best.loss}
+    return json.dumps({"hyperparameters": hyperparameters, **outcome}, indent=1) + "\n"
 
 
-# ---------------------------------------------------------------------------------- training
+@contextlib.contextmanager
+def trial_executor(options: Namespace) -> Iterator[Executor | None]:
+    """Give what runs the trials: a Dask cluster, processes, or (None) this process."""
+    if options.dask:
+        with dask_client(options.dask) as client:
+            yield client.get_executor()
+    elif options.workers == 1:
+        yield None
+    else:
+        others = multiprocessing.active_children()
+        pool = start_processes(options.workers)
+        try:
+            yield pool
+        except BaseException:  # Ctrl-C above all: nobody waits for trials, which may take minutes
+            for process in {*multiprocessing.active_children()} - {*others}:
+                process.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def chosen_hyperparameters(
-    arguments: argparse.Namespace, best: Path
-) -> model.Hyperparameters | None:
-    """Read what ``--hyperparameters`` names; None for `tuned` where `best` is not there yet."""
-    name = arguments.hyperparameters
+def start_processes(count: int) -> ProcessPoolExecutor:
+    """Start worker processes that never hear Ctrl-C and that end with this one."""
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
+    heard = None
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows; a new process inherits the mask
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    for _ in range(count):
+        pool.submit(os.getpid)  # a process each, as none is idle yet
+    if heard is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    return pool
+
+
+def end_with_parent() -> None:
+    """End this worker process as soon as its parent is gone: its queue would wait forever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def dask_client(address: str) -> Any:
+    """Join a Dask cluster, and give its workers the code of this program."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise RunError(
+            "--dask needs distributed: pip install -r requirements-cluster.txt"
+        ) from None
+    client = Client(address, timeout=10, set_as_default=False)
+    try:
+        for module in (data, model, hyperband, metrics):
+            client.upload_file(module.__file__)
+        client.upload_file(__file__)
+    except Exception as error:  # whatever an import raises on a machine of the cluster
+        client.close()
+        raise RunError(
+            f"the cluster cannot import this program ({error!r:.200}): install requirements.txt "
+            "for its scheduler and its workers"
+        ) from None
+    return client
+
+
+# --------------------------------------------------------------------------------------- train
+
+
+def read_hyperparameters(path: Path) -> model.Hyperparameters:
+    """Read hyperparameters from a JSON object of them, or from its key of that name."""
+    try:
+        content = json.loads(path.read_bytes())
+        return model.Hyperparameters(**content.get("hyperparameters", content))
+    except OSError as error:
+        raise RunError(f"hyperparameters {path}: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} holds no hyperparameters: {error}") from None
+
+
+def chosen_hyperparameters(run: Run) -> model.Hyperparameters | None:
+    """Give what ``--hyperparameters`` names; None for `tuned` where no search has ended."""
+    name, best = run.options.hyperparameters, run.home / "best.json"
     if name == "tuned" and not best.exists():
         return None
     if name in ("poster", "authors"):
         chosen = model.POSTER if name == "poster" else model.AUTHORS
     else:
-        path = best if name == "tuned" else Path(name)
-        content = read_json(path) if name == "tuned" else read_object(path)[1]
-        try:
-            if "train" in content:  # a run.json
-                content = content["train"]["settings"]
-            chosen = model.Hyperparameters(**content.get("hyperparameters", content))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RunError(f"{path} holds no hyperparameters: {error}") from None
-    return chosen if arguments.epochs is None else replace(chosen, epochs=arguments.epochs)
+        chosen = read_hyperparameters(best if name == "tuned" else Path(name))
+    return replace(chosen, epochs=run.options.epochs or chosen.epochs)
 
 
-def training_settings(run: Run) -> dict[str, Any] | None:
-    """Say what decides the training's outcome; None where the search is still to come."""
-    chosen = chosen_hyperparameters(run.arguments, run.best)
+def training_options(run: Run) -> dict[str, Any] | None:
+    """Say what decides the training's outcome, beside the data; None before a search has ended."""
+    chosen, name = chosen_hyperparameters(run), run.options.hyperparameters
     if chosen is None:
         return None
-    if len(run.split.train) < 2:
-        raise RunError(f"one training image in {run.images.source}: the network needs more")
+    images, compile = len(run.split.train), run.options.compile
     return {
-        "network": run.network_config(chosen),
         "hyperparameters": asdict(chosen),
-        "tuned": run.arguments.hyperparameters == "tuned",
-        "seed": run.arguments.seed,
-        "precision": run.arguments.precision,
-        "compile": run.arguments.compile,
+        "taken_from": name if name in ("poster", "authors", "tuned") else str(Path(name).resolve()),
+        "seed": run.options.seed,
+        "precision": run.options.precision,
+        "compile": model.resolve_compile(compile, run.network(chosen), images, chosen.epochs),
     }
 
 
 def train(run: Run) -> None:
     """Train the poster's network; write history.csv and model.pt, the last epoch's weights."""
-    arguments = run.arguments
-    settings = run.begin("train")
-    hyperparameters = model.Hyperparameters(**settings["hyperparameters"])
-    network = model.build(settings["network"], arguments.seed)
-    epochs, n = hyperparameters.epochs, len(run.split.train)
-    progress = Progress("train", epochs)
-    last = ""
+    options = training_options(run)
+    if not run.begin("train", options):
+        return
+    hyperparameters = model.Hyperparameters(**options["hyperparameters"])
+    network = model.build(run.network(hyperparameters), options["seed"])
+    epochs, images = hyperparameters.epochs, len(run.split.train)
+    progress, last = Progress("train", epochs), ""
 
     def on_epoch(record: model.EpochRecord) -> None:
         nonlocal last
@@ -754,1396 +649,925 @@ def train(run: Run) -> None:
         )
         progress(record.epoch + 1, last, step=True)
 
-    checkpoint = run.folder / "training.pt"
-    try:
-        history = model.fit(
-            network,
-            *run.part(run.split.train),
-            *run.part(run.split.valid),
-            hyperparameters,
-            seed=arguments.seed,
-            device=arguments.device,
-            precision=arguments.precision,
-            compile=arguments.compile,
-            checkpoint=checkpoint,
-            on_epoch=on_epoch,
-            on_batch=lambda epoch, done: progress(epoch + done / n, last),
-        )
-    except model.CheckpointError as error:
-        raise RunError(f"{error}; remove it, and training starts again") from None
-    except ValueError as error:
-        raise RunError(f"cannot train on {run.images.name}: {error}") from None
-    progress.close()
-    metrics.write_csv(run.folder / "history.csv", model.EpochRecord._fields, history)
+    history = model.fit(
+        network,
+        *run.part(run.split.train),
+        *run.part(run.split.valid),
+        hyperparameters,
+        seed=options["seed"],
+        device=run.options.device,
+        precision=options["precision"],
+        compile=options["compile"],
+        checkpoint=run.folder / "training.pt",
+        on_epoch=on_epoch,
+        on_batch=lambda epoch, done: progress(epoch + done / images, last),
+    )
+    run.write("history.csv", metrics.csv_text(model.EpochRecord._fields, history))
     model.save_network(network, run.folder / "model.pt")
-    seconds = sum(record.seconds for record in history)
-    images = epochs * (n + len(run.split.valid))
-    run.finish("train", {"seconds": seconds, "images_per_second": images / seconds})
-    checkpoint.unlink(missing_ok=True)
+    run.finish("train", sum(record.seconds for record in history))
 
 
-# ----------------------------------------------------------------------------------- testing
-
-
-def load_trained(run: Run) -> Any:
-    """Read model.pt, and see that it is the network that run.json tells of."""
-    if not run.finished("train"):
-        raise RunError(f"{run.folder} holds no trained network: run --stage train first")
-    network = model.load_network(run.folder / "model.pt")
-    if network.config != run.record["train"]["settings"]["network"]:
-        raise RunError(
-            f"{run.folder / 'model.pt'} is another network than run.json tells of "
-            f"({network.config}): run --stage train again"
-        )
-    return network
+# ---------------------------------------------------------------------------------------- test
 
 
 def test(run: Run) -> None:
-    """Apply model.pt to the test images; write predictions, table, ROC curves."""
-    network = load_trained(run)
-    run.begin("test")
+    """Apply model.pt to the test images; write predictions.csv and what follows from it."""
+    if not run.done("train"):
+        raise RunError(f"{run.folder} holds no trained network: run --stage train first")
+    network = model.load_network(run.folder / "model.pt")
+    run.drop("test")
+    run.begin("test", {})
     images, labels = run.part(run.split.test)
-    progress = Progress("test", len(images))
-    started = time.perf_counter()
-    logits = model.predict(
-        network,
-        images,
-        device=run.arguments.device,
-        on_batch=lambda done: progress(done, f"{done:,}/{len(images):,} images"),
-    ).numpy()
+    progress, started = Progress("test", len(images)), time.perf_counter()
+
+    def on_batch(done: int) -> None:
+        progress(done, f"{done:,}/{len(images):,} images", step=done == len(images))
+
+    logits = model.predict(network, images, device=run.options.device, on_batch=on_batch).numpy()
     seconds = time.perf_counter() - started
-    progress(len(images), f"{len(images):,} images in {duration(seconds)}", step=True)
-    progress.close()
-    predicted = logits.argmax(1)
-    metrics.write_predictions(
-        run.folder / "predictions.csv", run.split.test, labels, predicted, logits
-    )
-    write_metrics(run.folder, run.folder, run.data)
-    run.finish("test", {"seconds": seconds, "images_per_second": len(images) / seconds})
+    predictions = metrics.Predictions(run.split.test, labels, logits.argmax(1), logits)
+    run.write("predictions.csv", metrics.predictions_text(predictions))
+    for name, table in derived(predictions, run.about).items():
+        run.write(name, metrics.csv_text(*table))
+    run.finish("test", seconds)
 
 
-def title(about: dict[str, Any]) -> str:
-    """Say which data numbers are on, given run.json's `data`."""
-    return f"{about['name']}, {about['split']} split, {about['sizes'][2]:,} test images"
-
-
-def comparable(about: dict[str, Any]) -> bool:
-    """Tell whether the poster's figures were measured on such images and such a split."""
-    return about["md5"] == data.TISSUEMNIST.md5 and about["split"] == "poster"
-
-
-def write_metrics(source: Path, target: Path, about: dict[str, Any]) -> dict[str, float]:
-    """Write to `target` all that follows from `source`'s predictions.csv; return the summary."""
-    _, labels, predicted, logits = metrics.read_predictions(source / "predictions.csv")
-    names = about["class_names"]
-    if len(names) != logits.shape[1]:
-        raise metrics.MetricsError(
-            f"{source / 'predictions.csv'} has {logits.shape[1]} classes, run.json {len(names)}"
-        )
-    matrix = metrics.confusion(labels, predicted, len(names))
-    metrics.write_confusion(target / "confusion.csv", matrix)
-    per_class = metrics.per_class(labels, predicted, len(names))
-    metrics.write_classes(target / "per_class.csv", names, per_class)
-    curves = metrics.roc_curves(labels, logits)
-    aucs = metrics.class_aucs(labels, logits, curves)
-    (target / "roc").mkdir(exist_ok=True)
-    metrics.write_classes(target / "roc" / "auc.csv", names, aucs)
-    for k, curve in enumerate(curves):
-        metrics.write_roc(target / "roc" / f"class_{k}.csv", curve)
-    summary = metrics.summary_from_confusion(matrix)
-    intervals = metrics.bootstrap_intervals(matrix)
-    rows = [(METRIC_NAMES[k], POSTER_TABLE[k], summary[k], *intervals[k]) for k in POSTER_TABLE]
-    tolerances = [TOLERANCE[k] for k in POSTER_TABLE]
+def derived(predictions: metrics.Predictions, about: dict[str, Any]) -> dict[str, tuple]:
+    """Give {file name: (header, rows)} of all that follows from predictions.csv."""
+    tables = metrics.tables(predictions, about["class_names"])
+    matrix = metrics.confusion(predictions.labels, predictions.predicted, len(about["class_names"]))
+    summary, intervals = metrics.summary_from_confusion(matrix), metrics.bootstrap_intervals(matrix)
+    header = ["metric", "value", "low_95", "high_95"]
+    rows = [[METRIC_NAMES[key], summary[key], *intervals[key]] for key in METRIC_NAMES]
     if comparable(about):
-        for k, (poster, auc) in enumerate(zip(POSTER_AUC, aucs, strict=True)):
-            rows.append((f"AUC of class {k}", poster, auc.auc, auc.auc_low, auc.auc_high))
-            tolerances.append(TOLERANCE["auc"])
-    write_table(target, rows, tolerances, about)
-    return summary
-
-
-def write_table(
-    folder: Path, rows: Sequence[tuple], tolerances: Sequence[float], about: dict[str, Any]
-) -> None:
-    """Write table.csv and table.md: the poster's figures beside this run's."""
-    full, shown = [], []
-    for (name, poster, value, low, high), tolerance in zip(rows, tolerances, strict=True):
-        difference, verdict, text = "", "not comparable", ""
-        if comparable(about):
-            difference = value - poster
+        header += ["poster", "difference", "tolerance", "verdict"]
+        _, areas = tables["roc/auc.csv"]
+        rows += [[f"AUC of class {k}", *area] for k, _, *area, _, _ in areas]
+        tolerances = [TOLERANCE[key] for key in METRIC_NAMES] + [TOLERANCE["auc"]] * len(areas)
+        poster = column(POSTER / "table.csv", "value", float)
+        poster += column(POSTER / "auc.csv", "auc", float)
+        for row, printed, tolerance in zip(rows, poster, tolerances, strict=True):
+            difference = row[1] - printed
             verdict = "within" if abs(difference) <= tolerance else "outside"
-            verdict, text = f"{verdict} {tolerance}", f"{difference:+.4f}"
-        full.append((name, poster, value, low, high, difference, verdict, title(about)))
-        interval = f"{low:.4f} to {high:.4f}"
-        shown.append((name, f"{poster:.4f}", f"{value:.4f}", interval, text, verdict))
-    header = ("metric", "poster", "this_run", "low_95", "high_95", "difference", "verdict", "on")
-    metrics.write_csv(folder / "table.csv", header, full)
-    heading = (
-        "metric",
-        "poster (TissueMNIST's images, 50,000 test)",
-        f"this run ({title(about)})",
-        "95 % interval",
-        "difference",
-        "verdict",
-    )
-    note = "" if comparable(about) else f"{NOT_COMPARABLE}\n\n"
-    metrics.write_atomically(folder / "table.md", note + metrics.markdown_table(heading, shown))
+            row += [printed, difference, tolerance, verdict]
+    return {**tables, "table.csv": (header, rows)}
 
 
-# -------------------------------------------------------------------------------- several seeds
-
-
-def aggregate(run: Run) -> None:
-    """Write seeds.csv and seeds.md: how the figures of the seed-K folders spread."""
-    run.begin("seeds")
-    write_seeds(run.folder, run.folder, run.data, run.arguments.seeds)
-    run.finish("seeds", {})
-
-
-def write_seeds(source: Path, target: Path, about: dict[str, Any], seeds: Sequence[int]) -> None:
-    """Write to `target` what follows from the predictions in `source`'s seed-K folders."""
+def seeds_table(folder: Path, seeds: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
+    """Give header and rows of seeds.csv: how the figures of several seeds spread."""
     summaries = []
     for seed in seeds:
-        read = metrics.read_predictions(source / f"seed-{seed}" / "predictions.csv")
+        read = metrics.read_predictions(folder / f"seed-{seed}" / "predictions.csv")
         summaries.append(metrics.summary(read.labels, read.predicted, read.logits.shape[1]))
     rows = []
     for key, name in METRIC_NAMES.items():
         values = [summary[key] for summary in summaries]
         apart = [abs(a - b) for a, b in itertools.combinations(values, 2)]
-        spread = (statistics.stdev(values), statistics.fmean(apart), max(apart))
-        mean = statistics.fmean(values)
-        rows.append((name, len(values), mean, spread[0], min(values), max(values), *spread[1:]))
-    header = ("metric", "runs", "mean", "std", "min", "max", "mean_apart", "max_apart")
-    metrics.write_csv(target / "seeds.csv", header, rows)
-    shown = [(row[0], row[1], *(f"{value:.4f}" for value in row[2:])) for row in rows]
-    metrics.write_atomically(
-        target / "seeds.md",
-        f"{title(about)}; seeds {', '.join(map(str, seeds))}. Two runs of the same settings lie "
-        "`mean_apart` apart on average, `max_apart` at most.\n\n"
-        + metrics.markdown_table(header, shown),
-    )
+        mean, deviation = statistics.fmean(values), statistics.stdev(values)
+        spread = [min(values), max(values), statistics.fmean(apart), max(apart)]
+        rows.append([name, len(values), mean, deviation, *spread])
+    return ["metric", "runs", "mean", "std", "min", "max", "mean_apart", "max_apart"], rows
 
 
-# ---------------------------------------------------------------- the poster's other systems
+# ------------------------------------------------------------------------------------- compare
 
 SYSTEMS = ("KNN", "SVM (RBF)", "SVM (linear)", "NephNet2D", "PosterCNN")
 TIMED_IMAGES = 1_000  # test images that prediction is timed on
-POSTER_TRAIN = 120_000
-COMPARE_HEADER = (
-    *("system", "training_images", *METRIC_NAMES, "train_seconds"),
-    *("predict_seconds_per_1000", "peak_memory_mb", "model_mb", "settings"),
-)
+GROWING = ("train_seconds", "predict_seconds_per_1000", "model_mb")
+COMPARE_HEADER = ("system", "training_images", *METRIC_NAMES, *GROWING, "note")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One system to be trained on some images, and applied; pairs are images and labels."""
+class NetworkClassifier:
+    """A network with scikit-learn's `fit` and `predict`, for uint8 images."""
 
-    system: str
-    train: tuple[Any, Any]
-    valid: tuple[Any, Any]
-    test: tuple[Any, Any]
-    network: dict[str, Any]
-    hyperparameters: model.Hyperparameters
-    options: dict[str, Any]
-    """The seed, device, precision and compile of `model.fit`."""
+    def __init__(self, run: Run, system: str, options: dict[str, Any]) -> None:
+        self.run, self.options = run, options
+        self.hyperparameters = model.Hyperparameters(**options["hyperparameters"])
+        if system == "NephNet2D":
+            self.hyperparameters = replace(self.hyperparameters, num_features=32)
+        config = run.network(self.hyperparameters, system)
+        self.network = model.build(config, options["seed"])
+
+    def fit(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """Train with the hyperparameters of the comparison."""
+        valid = self.run.split.valid[: max(1, len(images) // 4)]  # the poster's 80/20
+        model.fit(
+            self.network,
+            images,
+            labels,
+            *self.run.part(valid),
+            self.hyperparameters,
+            seed=self.options["seed"],
+            device=self.run.options.device,
+            precision=self.options["precision"],
+            compile="off",  # else its time would jump where compilation starts to pay
+        )
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Return the class of each image."""
+        logits = model.predict(self.network, images, device=self.run.options.device)
+        return logits.numpy().argmax(1)
 
 
-def comparison_sizes(top: int) -> list[int]:
-    """List 1,000, 2,000, 5,000, ... and `top`; on small data the last three below `top`."""
-    series = [k * 10**exponent for exponent in range(1, 9) for k in (1, 2, 5)]
-    below = [size for size in series if 1.5 * size <= top]
-    return [*(below[-3:] if len(below) < 9 else below[6:]), top]
+def flat_pixels(images: np.ndarray) -> np.ndarray:
+    """Turn uint8 images into rows of pixels in [0, 1]."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255
 
 
-def comparison_settings(run: Run) -> dict[str, Any]:
-    """Say what decides the comparison's outcome."""
-    chosen = chosen_hyperparameters(run.arguments, run.best)
-    top = min(run.arguments.compare_max, len(run.split.train))
-    if chosen is None:
-        raise RunError(f"no {run.best} to take tuned hyperparameters from: run --stage tune first")
-    if top < max(10, run.images.num_classes):
-        raise RunError(f"{top} training images are too few to compare on")
-    return {
-        "sizes": comparison_sizes(top),
-        "systems": SYSTEMS,
-        "hyperparameters": asdict(chosen),
-        "seed": run.arguments.seed,
-        "precision": run.arguments.precision,
+def make_system(run: Run, system: str, options: dict[str, Any]) -> Any:
+    """Make one of SYSTEMS, untrained; scikit-learn's with its defaults."""
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer
+    from sklearn.svm import SVC, LinearSVC
+
+    if system in model.NETWORKS:
+        return NetworkClassifier(run, system, options)
+    classifiers = {
+        "KNN": KNeighborsClassifier(),
+        "SVM (RBF)": SVC(),
+        "SVM (linear)": LinearSVC(random_state=options["seed"]),
     }
+    return make_pipeline(FunctionTransformer(flat_pixels), classifiers[system])
+
+
+def measure(run: Run, system: str, index: np.ndarray, options: dict[str, Any]) -> list[Any]:
+    """Train a system on some images and apply it; return what compare.csv has of it."""
+    images, labels = run.part(index)
+    test_images, test_labels = run.part(run.split.test)
+    hyperparameters = {**options["hyperparameters"], "epochs": 1}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # Once on a few images, lest the libraries' own first steps be measured.
+        few = slice(max(10, run.images.num_classes))
+        first = make_system(run, system, {**options, "hyperparameters": hyperparameters})
+        first.fit(images[few], labels[few])
+        first.predict(images[few])
+        caught.clear()
+        classifier = make_system(run, system, options)
+        clock = [time.perf_counter()]
+        classifier.fit(images, labels)
+        clock.append(time.perf_counter())
+        classifier.predict(test_images[:TIMED_IMAGES])
+        clock.append(time.perf_counter())
+        predicted = classifier.predict(test_images)
+        summary = metrics.summary(test_labels, predicted, run.images.num_classes)
+    seconds_per_1000 = (clock[2] - clock[1]) * 1000 / min(len(test_images), TIMED_IMAGES)
+    kept = classifier.network.state_dict() if system in model.NETWORKS else classifier
+    note = "not converged" if any("converge" in str(w.message) for w in caught) else ""
+    costs = [clock[1] - clock[0], seconds_per_1000, len(pickle.dumps(kept)) / 1e6]
+    return [system, len(index), *summary.values(), *costs, note]
+
+
+def comparison_options(run: Run) -> dict[str, Any] | None:
+    """Say what decides the comparison's outcome; None where a search has to end first."""
+    options = training_options(run)
+    if options is None:
+        return None
+    del options["compile"]
+    top = min(run.options.compare_max, len(run.split.train))
+    first = 1_000 if top >= 5_000 else 100  # small data has to show its growth too
+    series = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]
+    return {**options, "sizes": [n for n in series if first <= n <= top / 1.5] + [top]}
 
 
 def compare(run: Run) -> None:
-    """Train and apply each system at growing training sizes, each time in a process of its own."""
-    settings = run.begin("compare")
-    sizes, arguments = settings["sizes"], run.arguments
-    log = run.folder / "measured.json"
-    try:
-        rows = read_json(log)["rows"] if log.exists() else []
-    except RunError as error:
-        raise RunError(f"{error}, or remove it to measure again") from None
-    hyperparameters = model.Hyperparameters(**settings["hyperparameters"])
+    """Train and apply each system at growing training sizes; write compare.csv, row by row."""
+    options = comparison_options(run)
+    if not run.begin("compare", options):
+        return
+    path, sizes = run.folder / "compare.csv", options["sizes"]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    # A last row that a kill has cut is measured again.
+    run.write("compare.csv", text[: text.rfind("\n") + 1] or metrics.csv_text(COMPARE_HEADER, []))
+    _, rows = metrics.read_csv(path)
     # In a random order, but for one image of each class at the head: a prefix has every class.
-    pool = random.Random(arguments.seed).sample(run.split.train.tolist(), len(run.split.train))
-    head = {int(run.images.labels[index]): index for index in reversed(pool)}
-    pool = [*head.values(), *(index for index in pool if index not in {*head.values()})]
-    options = {key: getattr(arguments, key) for key in ("seed", "device", "precision")}
-    options["compile"] = "off"  # else a network's time would jump where it starts to pay
-    progress = Progress("compare", len(SYSTEMS) * sum(sizes))
-    done = 0
-    for size, system in itertools.product(sizes, SYSTEMS):
-        row = next((r for r in rows if (r["system"], r["images"]) == (system, size)), None)
-        if row is None:
-            config = run.network_config(hyperparameters) | {"network": system}
-            if system == "NephNet2D":
-                config["num_features"] = 32
-            last = size == sizes[-1]
-            job = Job(
-                system,
-                run.part(pool[:size]),
-                run.part(run.split.valid[: max(1, size // 4)]),  # the poster's 80/20
-                run.part(run.split.test[: None if last else TIMED_IMAGES]),
-                config,
-                hyperparameters,
-                options,
-            )
-
-            def tell(share: float, done: int = done, job: Job = job) -> None:
-                progress(done + share * len(job.train[0]), f"{job.system} is training")
-
-            row = in_own_process(job, tell)
-            rows.append(row)
-            write_json(log, {"rows": rows})
+    order = random.Random(options["seed"]).sample(run.split.train.tolist(), len(run.split.train))
+    head = {int(run.images.labels[index]): index for index in reversed(order)}
+    order = np.array([*head.values(), *(index for index in order if index not in {*head.values()})])
+    progress, done = Progress("compare", len(SYSTEMS) * sum(sizes)), 0
+    for number, (size, system) in enumerate(itertools.product(sizes, SYSTEMS)):
+        if number == len(rows):
+            rows.append(measure(run, system, order[:size], options))
+            with path.open("a", encoding="utf-8", newline="") as file:
+                file.write(metrics.csv_text(rows[-1], []))
         done += size
-        shown = f"training {row['train_seconds']:.3g} s, prediction of 1,000 "
-        shown += f"{row['predict_seconds_per_1000']:.3g} s, {row['peak_memory_mb']:.0f} MB"
-        progress(done, f"{system}, {size:,} images: {shown}", step=True)
-    progress.close()
-    rows.sort(key=lambda row: (SYSTEMS.index(row["system"]), row["images"]))
-    scaling = [[row[key] for key in metrics.SCALING_HEADER] for row in rows]
-    metrics.write_csv(run.folder / "scaling.csv", metrics.SCALING_HEADER, scaling)
-    table = [
-        [row["images" if key == "training_images" else key] for key in COMPARE_HEADER]
-        for row in rows
-        if row["images"] == sizes[-1]
-    ]
-    metrics.write_csv(run.folder / "compare.csv", COMPARE_HEADER, table)
-    write_comparison(run.folder, run.folder, run.data, run.record["compare"])
-    run.finish("compare", {"seconds": sum(row["seconds"] for row in rows)})
-    log.unlink(missing_ok=True)
+        cells = dict(zip(COMPARE_HEADER, rows[number], strict=True))
+        took, takes = float(cells["train_seconds"]), float(cells["predict_seconds_per_1000"])
+        outcome = f"training {took:.3g} s, prediction of 1,000 {takes:.3g} s"
+        progress(done, f"{system}, {size:,} images: {outcome}", step=True)
+    run.finish("compare", float(sum(column(path, "train_seconds", float))))
 
 
-def in_own_process(job: Job, tell: Callable[[float], None]) -> dict[str, Any]:
-    """Measure a job in a new process, so that no other's memory and caches count."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=answer, args=(job, theirs), daemon=True)
-    with ours:
-        try:
-            with hyperband.unheard_interrupt():  # Ctrl-C is for us alone
-                process.start()
-            theirs.close()
-            while isinstance(message := ours.recv(), float):
-                tell(message)
-        except EOFError:
-            message = "its process ended early (out of memory?)"
-        finally:
-            if process.pid:
-                process.kill()
-                process.join()
-            process.close()
-    if isinstance(message, str):
-        raise RunError(f"{job.system} on {len(job.train[0]):,} images: {message}")
-    return message
-
-
-def answer(job: Job, pipe: Any) -> None:
-    """Send shares done of a job, then its measurements, or what went wrong."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of classes never predicted
-            pipe.send(measure(job, pipe.send))
-    except Exception as error:  # whatever a system raises is its user's to read, in one line
-        pipe.send((str(error).splitlines() or [type(error).__name__])[0])
-
-
-def measure(job: Job, tell: Callable[[float], None]) -> dict[str, Any]:
-    """Train and apply a job's system; return times, memory, size and metrics on `job.test`."""
-    started = time.perf_counter()
-    make = network_system if job.system in model.NETWORKS else classical_system
-    images, labels = job.test
-    # Once on a few images, lest the libraries' own first steps be measured.
-    few = slice(max(10, job.network["num_classes"]))
-    learn, apply, *_ = make(job, lambda share: None)
-    learn(job.train[0][few], job.train[1][few], epochs=1)
-    apply(images[few])
-    learn, apply, settings, size = make(job, tell)
-    before = peak_memory(reset=True)
-    clock = [time.perf_counter()]
-    learn(*job.train)
-    clock.append(time.perf_counter())
-    predicted = list(apply(images[:TIMED_IMAGES]))
-    clock.append(time.perf_counter())
-    peak = peak_memory() - before
-    if len(images) > TIMED_IMAGES:
-        predicted += list(apply(images[TIMED_IMAGES:]))
-    return {
-        "system": job.system,
-        "images": len(job.train[0]),
-        **metrics.summary(labels, [int(k) for k in predicted], job.network["num_classes"]),
-        "train_seconds": clock[1] - clock[0],
-        "predict_seconds_per_1000": (clock[2] - clock[1]) * 1000 / min(len(images), TIMED_IMAGES),
-        "peak_memory_mb": max(peak, 4096) / 1e6,  # a page at least: it stands on a log axis
-        "model_mb": size() / 1e6,
-        "settings": settings(),
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def classical_system(job: Job, tell: Callable[[float], None]) -> tuple[Callable, ...]:
-    """Give functions that train one of scikit-learn's classifiers, apply, describe and size it."""
-    import sklearn
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.svm import SVC, LinearSVC
-
-    classifier = {
-        "KNN": KNeighborsClassifier,
-        "SVM (RBF)": SVC,
-        "SVM (linear)": partial(LinearSVC, random_state=job.options["seed"]),
-    }[job.system]()
-    notes: list[str] = []
-
-    def flat(images: Any) -> Any:
-        return images.reshape(len(images), -1).astype("float32") / 255
-
-    def learn(images: Any, labels: Any, epochs: int | None = None) -> None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            classifier.fit(flat(images), labels)
-        notes.extend("not converged" for w in caught if "converge" in str(w.message))
-
-    def settings() -> str:
-        with sklearn.config_context(print_changed_only=False):
-            return "; ".join([" ".join(repr(classifier).split()), *notes])
-
-    def apply(images: Any) -> Any:
-        return classifier.predict(flat(images))
-
-    return learn, apply, settings, lambda: len(pickle.dumps(classifier))
-
-
-def network_system(job: Job, tell: Callable[[float], None]) -> tuple[Callable, ...]:
-    """Give functions that train a network, apply, describe and size it."""
-    network = model.build(job.network, job.options["seed"])
-    parameters = sum(weights.numel() for weights in network.parameters())
-
-    def learn(images: Any, labels: Any, epochs: int = job.hyperparameters.epochs) -> None:
-        model.fit(
-            network,
-            images,
-            labels,
-            *job.valid,
-            replace(job.hyperparameters, epochs=epochs),
-            **job.options,
-            on_epoch=lambda record: tell((record.epoch + 1) / epochs),
-        )
-
-    def apply(images: Any) -> Any:
-        return model.predict(network, images, device=job.options["device"]).numpy().argmax(1)
-
-    return (
-        learn,
-        apply,
-        lambda: f"{parameters:,} parameters, {job.hyperparameters.epochs} epochs, uncompiled",
-        lambda: sum(t.numel() * t.element_size() for t in network.state_dict().values()),
-    )
-
-
-def peak_memory(reset: bool = False) -> float:
-    """Give the most bytes this process has held, on Linux since the last `reset`."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):  # not Linux
-        try:
-            import resource
-        except ImportError:  # Windows
-            return math.nan
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most * (1 if sys.platform == "darwin" else 1024)
-
-
-def growth(rows: Sequence[dict[str, str]], system: str, column: str) -> float:
-    """Fit p of `column` = a * images ** p by least squares on logarithms; NaN for one size."""
-    mine = [row for row in rows if row["system"] == system]
-    points = [(float(row["images"]), float(row[column])) for row in mine]
+def growth(rows: Sequence[dict[str, str]], name: str) -> float:
+    """Fit p of `name` = a * images ** p by least squares on logarithms; NaN for one size."""
+    points = [(float(row["training_images"]), float(row[name])) for row in rows]
     logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
-    if len(logs) < 2:
+    if len({x for x, _ in logs}) < 2:
         return math.nan
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
-def write_comparison(
-    source: Path, target: Path, about: dict[str, Any], entry: dict[str, Any]
-) -> None:
-    """Write to `target` compare.md, which follows from `source`'s compare.csv and scaling.csv."""
-    rows, scaling = (
-        [dict(zip(header, row, strict=True)) for row in metrics.read_csv(source / name, header)]
-        for name, header in (
-            ("compare.csv", COMPARE_HEADER),
-            ("scaling.csv", metrics.SCALING_HEADER),
-        )
-    )
-    where, size = entry["environment"], int(rows[0]["training_images"])
-    columns = metrics.SCALING_HEADER[2:]
-    powers = {system: [growth(scaling, system, c) for c in columns] for system in SYSTEMS}
-    shown = [
-        (
-            row["system"],
-            *(f"{float(row[key]):.4f}" for key in METRIC_NAMES),
-            *(f"{float(row[key]):.3g}" for key in (*columns, "model_mb")),
-        )
-        for row in rows
-    ]
-    times = ("training, s", "prediction of 1,000, s", "peak memory, MB")
-    heading = ("system", *METRIC_NAMES.values(), *times, "model, MB")
-    grown = [(s, *(f"{power:.2f}" for power in powers[s])) for s in SYSTEMS]
-    sizes = ", ".join(f"{n:,}" for n in entry["settings"]["sizes"])
-    settings = "".join(f"- {row['system']}: {row['settings']}\n" for row in rows)
-    metrics.write_atomically(
-        target / "compare.md",
-        f"{title(about)}; {size:,} training images, device {where['device']}, "
-        f"{where['threads']} threads.\n\n{metrics.markdown_table(heading, shown)}\n"
-        "KNN and SVM, with scikit-learn's defaults, take the pixels divided by 255. A network's "
-        "training includes validation on a quarter as many images. Memory is the process's, above "
-        f"what it held before training; a GPU's is not counted.\n\n{settings}\n"
-        f"Exponents p of the growth n^p, fitted by least squares on logarithms to n = {sizes} "
-        f"training images (scaling.csv):\n\n"
-        + metrics.markdown_table(("system", "training", "prediction", "peak memory"), grown)
-        + "\n"
-        + "\n\n".join(claims({row["system"]: row for row in rows}, powers, size))
-        + "\n",
-    )
+# ------------------------------------------------------------------------- figures and report
 
-
-def claims(
-    rows: dict[str, dict[str, str]], powers: dict[str, list[float]], size: int
-) -> tuple[str, str]:
-    """Say whether the poster's two claims hold, given `write_comparison`'s measurements."""
-    knn, cnn = rows["KNN"], rows["PosterCNN"]
-    more = [float(knn[c]) > float(cnn[c]) for c in metrics.SCALING_HEADER[3:]]
-    verdict = {
-        (True, True): "holds here",
-        (True, False): "holds here for computation, not for memory",
-        (False, True): "holds here for memory, not for computation",
-        (False, False): "does not hold here",
-    }[more[0], more[1]]
-
-    def at_posters(system: str) -> float:
-        measured = float(rows[system]["train_seconds"])
-        return measured * (POSTER_TRAIN / size) ** powers[system][0]
-
-    rbf, network = powers["SVM (RBF)"][0], powers["PosterCNN"][0]
-    suits = "does not hold here"
-    if rbf > max(1.0, network):
-        slower = at_posters("SVM (RBF)") > at_posters("PosterCNN")
-        suits = "holds here" if slower else "holds here for growth, not for time"
-    if math.isnan(rbf) or size < 1000:
-        return ("From fewer than 1,000 training images nothing can be said of the claims.", "")
-    return (
-        f'"KNN has a large amount of computation and memory overhead" **{verdict}**: after '
-        f"{size:,} training images, predicting 1,000 takes "
-        f"{float(knn['predict_seconds_per_1000']):.3g} s (PosterCNN "
-        f"{float(cnn['predict_seconds_per_1000']):.3g} s) and grows as n^{powers['KNN'][1]:.2f}; "
-        f"memory peaks at {float(knn['peak_memory_mb']):.3g} MB (PosterCNN "
-        f"{float(cnn['peak_memory_mb']):.3g} MB) and grows as n^{powers['KNN'][2]:.2f}; the model "
-        f"takes {float(knn['model_mb']):.3g} MB (PosterCNN {float(cnn['model_mb']):.3g} MB).",
-        f'SVM "doesn\'t suitable for large-scale training samples" **{suits}**: training the RBF '
-        f"SVM grows as n^{rbf:.2f} (PosterCNN n^{network:.2f}, linear SVM "
-        f"n^{powers['SVM (linear)'][0]:.2f}; the claim asks for more than 1 and than PosterCNN's), "
-        f"which makes {duration(at_posters('SVM (RBF)'))} of the poster's {POSTER_TRAIN:,} images "
-        "if it goes on so "
-        f"(PosterCNN {duration(at_posters('PosterCNN'))}, linear SVM "
-        f"{duration(at_posters('SVM (linear)'))}).",
-    )
-
-
-# ---------------------------------------------------------------------- figures and the report
-
-NO_MATPLOTLIB = "figures need matplotlib: pip install -r requirements-figures.txt"
-FIGURES = {  # with what stands in the report
-    "class_ratios": "Class ratios of the test images",
-    "confusion": "Confusion matrix: counts, shaded by share of the true class",
-    "roc": "ROC curves by raw logits, each class against the rest",
-    "history": "Accuracy and loss over the epochs",
-    "search": "Search: validation loss of each trial",
-    "scaling": "Training time, prediction time and peak memory over training images",
-    "samples": "The first images of each class",
+FIGURES = {  # what is drawn where one of the files is there: (function, files, caption)
+    "roc": (metrics.draw_roc, ("roc/auc.csv", "roc.csv"), "ROC curves by raw logits"),
+    "history": (metrics.draw_history, ("history.csv",), "Accuracy and loss over the epochs"),
+    "confusion": (metrics.draw_confusion, ("confusion.csv",), "Confusion matrix"),
+    "class_ratios": (metrics.draw_class_ratios, ("per_class.csv",), "Class ratios"),
+    "search": (metrics.draw_search, ("tuning.jsonl",), "Validation loss of each trial"),
+    "growth": (metrics.draw_growth, ("compare.csv",), "Time and size over training images"),
 }
 
 
-def drawable() -> bool:
-    """Tell whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def draw(run: Run) -> None:
-    """Draw figures/ from the CSV files that are there, and sample images from the data."""
-    run.begin("figures")
-    (run.folder / "figures").mkdir(exist_ok=True)
-    poster = {"reference_auc": POSTER_AUC, "reference_name": "poster"}
-    roc = partial(metrics.draw_roc, **(poster if comparable(run.data) else {}))
-    for name, function, *sources in (
-        ("class_ratios", metrics.draw_class_ratios, "per_class.csv"),
-        ("confusion", metrics.draw_confusion, "confusion.csv"),
-        ("roc", roc, "roc", "roc/auc.csv", "per_class.csv"),
-        ("history", metrics.draw_history, "history.csv"),
-        ("search", metrics.draw_search, "tuning.jsonl"),
-        ("scaling", metrics.draw_scaling, "scaling.csv"),
-    ):
-        paths = [run.folder / source for source in sources]
-        if all(path.exists() for path in paths):
-            function(*paths, run.folder / "figures" / name)
-    images = run.images
-    stem = run.folder / "figures" / "samples"
-    metrics.draw_samples(images.images, images.labels, images.class_names, stem)
-    run.finish("figures", {})
+def figures(run: Run) -> None:
+    """Draw figures/ from the files that are there, and sample images from the data."""
+    run.drop("figures")
+    target = run.folder / "figures"
+    target.mkdir()
+    for name, (draw, sources, _) in FIGURES.items():
+        if any((run.folder / source).exists() for source in sources):
+            over = name in ("roc", "history") and run.images is not None and comparable(run.about)
+            draw(run.folder, target / name, **({"reference": POSTER} if over else {}))
+    if run.images is not None:
+        images = run.images
+        metrics.draw_samples(images.images, images.labels, images.class_names, target / "samples")
+    print(f"figures  {len([*target.glob('*.png')])} as PNG and SVG in {target}")
 
 
 def report(run: Run) -> None:
-    """Write report.md: what was run on what, how it came out, and how it was made."""
-    if not any((run.folder / name).exists() for name in ("table.md", "seeds.md")):
-        raise RunError(f"{run.folder} holds no table to report: run --stage test first")
-    run.begin("report")
-    write_report(run.folder, run.folder, run.record)
-    run.finish("report", {})
+    """Write report.md, and of several seeds seeds.csv before it."""
+    run.drop("report")
+    if seeds := run.record.get("seeds"):
+        run.write("seeds.csv", metrics.csv_text(*seeds_table(run.folder, seeds)))
+    run.write("report.md", report_text(run.folder, run.record))
+    print(f"report   {run.folder / 'report.md'}")
 
 
-def write_report(source: Path, target: Path, record: dict[str, Any]) -> None:
-    """Write to `target` the report.md that follows from `source`'s files and run.json."""
-    about, trained = record["data"], record.get("train")
-    seeds = []
-    if trained is None:  # several seeds: each has trained in a folder of its own
-        seeds = [f"seed-{seed}" for seed in record["seeds"]["settings"]["seeds"]]
-        each = [read_json(source / seed / "run.json")["train"] for seed in seeds]
-        seconds = sum(one["result"]["seconds"] for one in each)
-        trained = {**each[0], "result": {"seconds": seconds}}
-
-    def content(name: str) -> str:
-        path = source / name
-        return path.read_text(encoding="utf-8").replace(f"{NOT_COMPARABLE}\n\n", "").strip()
-
-    parts = [f"# {about['name']}: a run of the poster's chain"]
-    if not comparable(about):
-        parts.append(f"**{NOT_COMPARABLE}**")
-    parts += ["## What was run", "\n".join(f"- {line}" for line in what_was_run(record, trained))]
-    parts.append("## Results")
-    parts += [content(name) for name in ("table.md", "seeds.md") if (source / name).exists()]
-    told = [
-        f"[{seed}]({seed}/report.md)" for seed in seeds if (source / seed / "report.md").exists()
-    ]
-    parts += [f"Each seed's own report: {', '.join(told)}."] * bool(told)
-    if (source / "table.md").exists():
-        parts.append(
-            "Intervals: percentile bootstrap over the test images (10,000 replicates); DeLong's "
-            "for AUC, which has no width at 1. Tolerances were fixed before any run."
-        )
-        parts += ["## Classes", class_table(source, about)]
-    if (source / "compare.md").exists():
-        parts += ["## KNN, SVM, NephNet2D and PosterCNN", content("compare.md")]
-    drawn = [name for name in FIGURES if (source / "figures" / f"{name}.png").exists()]
-    parts += ["## Figures"] * bool(drawn)
-    parts += [f"{FIGURES[name]}:\n\n![{name}](figures/{name}.png)" for name in drawn]
-    parts.append("## Deviations from the poster")
-    parts.append("\n".join(f"- {line}" for line in deviations(record, trained)))
-    parts += ["## Provenance", metrics.markdown_table(("what", ""), provenance(record, trained))]
-    text = "\n\n".join(part.strip() for part in parts) + "\n"
-    metrics.write_atomically(target / "report.md", text)
-
-
-def what_was_run(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
-    """Tell of data, search and training in a line each."""
-    about, settings = record["data"], trained["settings"]
-    sizes = " / ".join(f"{size:,}" for size in about["sizes"])
+def report_text(folder: Path, record: dict[str, Any]) -> str:
+    """Give the text of report.md, which follows from run.json and the folder's other files."""
+    about = record["data"]
+    if "seeds" in record:  # each has trained in its own folder
+        first = read_record(folder / f"seed-{record['seeds'][0]}")
+        record = {**{key: first[key] for key in ("train", "test") if key in first}, **record}
     shape = "x".join(map(str, about["shape"][1:]))
-    lines = [
-        f"Data: {about['name']}, {about['shape'][0]:,} images of {shape} pixels in "
-        f"{len(about['class_names'])} classes; {about['split']} split, {sizes} train / validation "
-        "/ test."
+    sizes = " / ".join(f"{size:,}" for size in about["sizes"])
+    parts = [
+        f"# {about['name']}: a run of the poster's chain",
+        f"{about['shape'][0]:,} images of {shape} pixels, {len(about['class_names'])} classes, MD5 "
+        f"{about['md5']}. Split: {about['split']}, {sizes} for training / validation / test.",
     ]
-    if "result" in record.get("tune", {}):
-        flows = [[f"{n}@{r}" for n, r in rungs] for rungs in record["tune"]["settings"]["schedule"]]
-        lines.append(
-            f"Search: {'; '.join(' -> '.join(flow) for flow in flows)} (configurations@epochs), "
-            f"{record['tune']['result']['trials']} trials, "
-            f"{record['tune']['result']['failed']} of them failed."
-        )
-    epochs = settings["hyperparameters"]["epochs"]
-    network = settings["network"]["network"]
-    lines.append(f"Training: {network}, {epochs} epochs; the last one's weights are tested.")
-    return lines
-
-
-def class_table(source: Path, about: dict[str, Any]) -> str:
-    """Put per_class.csv and roc/auc.csv side by side, and the poster's AUC where comparable."""
-    rows = []
-    for k, (figures, area) in enumerate(
-        zip(
-            metrics.read_csv(source / "per_class.csv", metrics.PER_CLASS_HEADER),
-            metrics.read_csv(source / "roc" / "auc.csv", metrics.AUC_HEADER),
-            strict=True,
-        )
+    for name, title in (
+        (
+            "table.csv",
+            "Results, with 95 % intervals (bootstrap over test images, DeLong's for AUC)",
+        ),
+        ("seeds.csv", "Several seeds"),
+        ("per_class.csv", "Classes"),
+        ("roc/auc.csv", "Area under each ROC curve, by raw logits and by softmax"),
     ):
-        shown = [f"{float(cell):.4f}" for cell in (*figures[2:5], *area[2:5])]
-        poster = [f"{POSTER_AUC[k]:.4f}"] if comparable(about) else []
-        name = figures[1] if figures[1] in (str(k), f"class {k}") else f"{k}: {figures[1]}"
-        row = (name, figures[5], *shown[:4], f"{shown[4]} to {shown[5]}", *poster)
-        rows.append(row)
-    header = ["class", "test images", "precision", "recall", "F1", "AUC", "95 % interval of AUC"]
-    return metrics.markdown_table(header + ["poster's AUC"] * comparable(about), rows)
+        if (folder / name).exists():
+            parts += [f"## {title}", csv_table(folder / name)]
+    if (folder / "compare.csv").exists():
+        parts += ["## KNN, SVM, NephNet2D and PosterCNN", *comparison_tables(folder)]
+    for name, (*_, caption) in FIGURES.items():
+        if (folder / "figures" / f"{name}.png").exists():
+            parts += [f"## {caption}", f"![{caption}](figures/{name}.png)"]
+    stages = [stage for stage in FILES if stage in record]
+    if not stages:
+        raise RunError(f"{folder} holds no results to report: run --stage all")
+    rows = [["seconds", *(f"{record[stage]['seconds']:.1f}" for stage in stages)]]
+    for key in record[stages[0]]["environment"]:
+        rows.append([key, *(str(record[stage]["environment"].get(key)) for stage in stages)])
+    parts += ["## The same again", "```bash\n" + "\n".join(commands(record)) + "\n```"]
+    parts += ["## Environment", metrics.markdown_table(["", *stages], rows)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def deviations(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
-    """List what differs from what the poster did."""
-    about, settings = record["data"], trained["settings"]
-    lines = [f"Images: {about['name']}, {about['split']} split; the poster's are TissueMNIST's."]
-    if about["md5"] == data.TISSUEMNIST.md5:
-        lines = [
-            "TissueMNIST instead of the authors' JPEG copy of the same images, "
-            + (
-                "200,000 of its 236,386, shuffled here."
-                if comparable(about)
-                else f"{about['split']} split instead of theirs."
-            )
-        ]
-    for name, value in settings["hyperparameters"].items():
-        if value != getattr(model.POSTER, name):
-            lines.append(f"{name} {value} instead of {getattr(model.POSTER, name)}.")
-    used = trained["environment"]["precision"]
-    mixed = "no mixed precision" if used == "fp32" else f"torch.autocast in {used}"
-    lines.append(f"Training with {mixed} on {trained['environment']['device']} instead of Apex.")
-    if "tune" in record and not record["tune"]["settings"]["retrain"]:
-        lines.append("Survivors of a rung of the search go on training instead of starting again.")
-    if "tune" in record:
-        lines.append("The search draws its images from training and validation images only.")
-    return lines
+def csv_table(path: Path) -> str:
+    """Show a CSV file as a Markdown table, fractions to four digits."""
+    header, rows = metrics.read_csv(path)
+    fraction = re.compile(r"-?\d+\.\d+(e-?\d+)?")
+    rows = [[f"{float(c):.4f}" if fraction.fullmatch(c) else c for c in row] for row in rows]
+    return metrics.markdown_table(header, rows)
 
 
-def provenance(record: dict[str, Any], trained: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Give the rows of the report's last table."""
-    about, where = record["data"], trained["environment"]
-    stages = {**record, "train": trained}
-    seconds = {name: stages.get(name, {}).get("result", {}).get("seconds") for name in OUTPUTS}
-    seeds = record.get("seeds", {}).get("settings", {}).get("seeds")
-    seed = about["split_seed"]
-    versions = ("python", "torch", "numpy", "scikit-learn", "platform")
-    taken = {name: duration(value) for name, value in seconds.items() if value is not None}
+def comparison_tables(folder: Path) -> list[str]:
+    """Show compare.csv's largest size, and how times and sizes grow up to it."""
+    header, cells = metrics.read_csv(folder / "compare.csv")
+    rows = [dict(zip(header, row, strict=True)) for row in cells]
+    top = max((int(row["training_images"]) for row in rows), default=0)
+    largest = [row for row in rows if int(row["training_images"]) == top]
+    shown = [[f"{float(row[key]):.4g}" for key in header[2:-1]] for row in largest]
+    shown = [
+        [row["system"], *texts, row["note"]] for row, texts in zip(largest, shown, strict=True)
+    ]
+    powers = []
+    for system in SYSTEMS:
+        mine = [row for row in rows if row["system"] == system]
+        powers.append([system, *(f"{growth(mine, name):.2f}" for name in GROWING)])
     return [
-        ("MD5 of the data", about["md5"]),
-        ("split", about["split"] + ("" if seed is None else f", seed {seed}")),
-        ("seed", trained["settings"]["seed"] if seeds is None else ", ".join(map(str, seeds))),
-        *trained["settings"]["hyperparameters"].items(),
-        *((name, where[name]) for name in versions),
-        ("device", f"{where['device']} {where['device_name']}, {where['threads']} threads"),
-        ("precision", f"{trained['settings']['precision']}: {where['precision']}"),
-        ("computing time", ", ".join(f"{name} {time}" for name, time in taken.items())),
-        ("git commit", where["git_commit"]),
+        f"After {top:,} training images:",
+        metrics.markdown_table(["system", *header[2:]], shown),
+        "Exponent p of the growth n^p with the number n of training images:",
+        metrics.markdown_table(["system", *GROWING], powers),
     ]
 
 
-# ---------------------------------------------------------------------------- unlabelled images
+def commands(record: dict[str, Any]) -> list[str]:
+    """Give the commands that do a run again, beside it, with every option resolved."""
+    about, seeds = record["data"], record.get("seeds")
+    seed = ["--split-seed", about["split_seed"]] if about["split"] == "poster" else []
+    folder = f"results/{about['name']}-again"
+    common = ["--data", about["source"], "--split", about["split"], *seed, "--results", folder]
+    lines = []
+    for stage in ("tune", "train", "test", "compare"):
+        if stage not in record:
+            continue
+        options, flags = record[stage]["options"], []
+        for name in ("schedule", "precision", "compile"):
+            flags += [f"--{name}", options[name]] if name in options else []
+        if options.get("schedule") == "hyperband":
+            flags += ["--max-resource", options["max_resource"], "--eta", options["eta"]]
+        flags += ["--retrain"] if options.get("retrain") else []
+        if "hyperparameters" in options:
+            flags += ["--hyperparameters", options["taken_from"]]
+            flags += ["--epochs", options["hyperparameters"]["epochs"]]
+        if stage == "compare":
+            flags += ["--compare-max", options["sizes"][-1]]
+        if stage == "train" and seeds:
+            flags += ["--seeds", *seeds]
+        elif "seed" in options:
+            flags += ["--seed", options["seed"]]
+        words = ["python", "reproduce.py", "--stage", stage, *common, *flags]
+        lines.append(shlex.join(map(str, words)))
+    return lines
 
 
-def predict(arguments: argparse.Namespace) -> None:
-    """Apply a saved network to images without labels; write a CSV, complete or not at all."""
-    target, source = Path(arguments.output), Path(arguments.model)
-    if target.is_dir():
-        raise RunError(f"{target} is a folder: choose another --output, a file")
-    if target.exists() and not arguments.overwrite:
-        raise RunError(f"{target} exists: choose another --output, or say --overwrite")
-    if not target.parent.is_dir():
-        raise RunError(f"{target.parent}: no such folder")
-    network = model.load_network(source)
-    progress = Progress("predict", 1)
+# ----------------------------------------------------------------------------------- the audit
 
-    def decoded(done: int, total: int) -> None:
-        progress.total = total
-        progress(done, f"{done:,} of {total:,} images decoded", step=done == total)
+ERRORS = (
+    RunError,
+    data.DataError,
+    model.ModelError,
+    hyperband.SearchError,
+    metrics.MetricsError,
+)
+# How far two machines may lie apart: logits, as a share of the largest; and the last epoch's
+# validation loss and accuracy, which are recomputed in fp32, by the precision of the training.
+LOGIT_TOLERANCE = 1e-4
+VALIDATION_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
+ON_TRUST = "earlier epochs' losses, the trials' losses, seconds, compare.csv"
 
-    ids, images = data.load_images(arguments.images, decoded)
-    progress.close()
-    progress = Progress("predict", len(images))
-    try:
-        logits = model.predict(
-            network,
-            images,
-            device=arguments.device,
-            on_batch=lambda done: progress(done, f"{done:,}/{len(images):,} images"),
-        ).numpy()
-    except ValueError as error:
-        raise RunError(f"{arguments.images}: {error}") from None
-    progress.close()
-    predicted = logits.argmax(1).tolist()
-    if arguments.submission:
-        if not all(name.isdecimal() for name in ids) or len({*map(int, ids)}) < len(ids):
-            raise RunError(f"{arguments.images}: --submission needs files named by integer ids")
-        rows = zip(map(int, ids), predicted, strict=True)
-        metrics.write_csv(target, ("Id", "Cell type"), rows)
-    else:
-        count = logits.shape[1]
-        names = [f"class {k}" for k in range(count)]
-        if (source.parent / "run.json").exists():  # a results folder
-            known = read_json(source.parent / "run.json")["data"]["class_names"]
-            names = known if len(known) == count else names
-        header = ("id", "predicted", "class_name", *(f"probability_{k}" for k in range(count)))
-        cells = zip(ids, predicted, metrics.softmax(logits).tolist(), strict=True)
-        metrics.write_csv(target, header, ((i, k, names[k], *shares) for i, k, shares in cells))
-    print(f"wrote {target}: {len(ids):,} images")
-
-
-# --------------------------------------------------------------------------------------- audit
+Problems = Iterator[tuple[str, str]]  # (file, what is wrong with it)
 
 
 class Audit:
-    """Prints a line a check: what, stored, recomputed, ok or WRONG; counts the wrong ones."""
+    """Prints a line a group of checks, or a WRONG line each; each problem once."""
 
     def __init__(self) -> None:
-        self.checks = self.wrong = 0
+        self.wrong: list[tuple[str, str]] = []
 
-    def __call__(self, what: str, stored: Any, recomputed: Any, ok: bool | None = None) -> None:
-        """Take one check; by default both sides must be equal."""
-        ok = stored == recomputed if ok is None else ok
-        self.checks += 1
-        self.wrong += not ok
-        print(f"{'ok' if ok else 'WRONG':<6} {what}: {stored} | {recomputed}", flush=True)
-
-
-def audit_poster(audit: Audit) -> None:
-    """Check the poster against itself: its table and class ratios from its confusion matrix."""
-    recomputed = metrics.summary_from_confusion(POSTER_CONFUSION)
-    for key, printed in POSTER_TABLE.items():
-        cut = math.floor(recomputed[key] * 1e4) / 1e4
-        rounded = round(recomputed[key], 4)
-        note = "" if printed == rounded else " (the poster cuts it, rounded it would be "
-        note += f"{rounded})" if note else ""
-        audit(
-            f"poster, {METRIC_NAMES[key]} of its confusion matrix",
-            printed,
-            f"{recomputed[key]:.6f}{note}",
-            printed in (rounded, cut),
-        )
-    support = tuple(map(sum, POSTER_CONFUSION))
-    ratios = tuple(round(row / sum(support), 2) for row in support)
-    audit("poster, class ratios of its confusion matrix", POSTER_RATIOS, ratios)
-    audit("poster, test images of its confusion matrix", 50_000, sum(support))
-
-
-def audit_files(audit: Audit, folder: Path, record: dict[str, Any]) -> None:
-    """Check every file of the folder against the fingerprint in run.json."""
-    for stage in OUTPUTS:
-        for name, stored in record.get(stage, {}).get("files", {}).items():
-            try:
-                content = (folder / name).read_bytes()
-            except OSError as error:
-                audit(f"{name} is as it was written", stored[:12], error.strerror, False)
-                continue
-            found = fingerprint(content)
-            place = "" if found == stored else f" ({locate(name, content, stored)})"
-            shown = found.split()[0][:12] + place
-            audit(f"{name} is as it was written", stored[:12], shown, found == stored)
-
-
-def audit_cells(audit: Audit, stored: Path, recomputed: Path) -> None:
-    """Compare two text files cell by cell; name the first that differs."""
-    shown = f"roc/{stored.name}" if stored.parent.name == "roc" else stored.name
-    if not stored.exists():
-        audit(f"{shown} follows from the other files", "no such file", "", False)
-        return
-    tables = []
-    for path in (stored, recomputed):
-        text = path.read_bytes().decode("utf-8", "replace").removesuffix("\n")
-        split = csv.reader if path.suffix == ".csv" else (lambda rows: [[row] for row in rows])
-        tables.append(list(split(text.split("\n"))))
-    header = tables[1][0] if stored.suffix == ".csv" else ["text"]
-    for row, pair in enumerate(itertools.zip_longest(*tables, fillvalue=[]), 1):
-        for column, (a, b) in enumerate(itertools.zip_longest(*pair, fillvalue="nothing")):
-            if a != b:
-                name = header[column] if column < len(header) else column + 1
-                audit(f"{shown}, row {row}, column {name}", a, b)
-                return
-    audit(f"{shown} follows from the other files", f"{len(tables[0])} rows", "all equal", True)
-
-
-def audit_search(audit: Audit, run_folder: Path, settings: dict[str, Any]) -> None:
-    """Replay tuning.jsonl without training.
-
-    Its configurations follow from the seed, and best.json from its losses.
-    """
-
-    def missing(*_: Any) -> float:
-        raise hyperband.SearchError("the log ends before the search does")
-
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch, "tuning.jsonl")
+    def group(self, name: str, what: str, problems: Problems) -> None:
+        """Print what a group of checks finds; `name` is the file that it has to read."""
         try:
-            shutil.copy(run_folder / "tuning.jsonl", log)
-            stored = read_json(run_folder / "best.json")
-            result = hyperband.search(
-                missing,
-                SPACE,
-                [[hyperband.Rung(*rung) for rung in rungs] for rungs in settings["schedule"]],
-                settings["seed"],
-                log=log,
-                retrain=settings["retrain"],
-            )
-        except (OSError, RunError, hyperband.SearchError) as error:
-            shown = str(error).replace(str(log), "tuning.jsonl")
-            audit("tuning.jsonl and best.json", "readable", shown, False)
-            return
-        errors = [t.error for t in result.trials if t.error and "the log ends" in t.error]
-        audit("tuning.jsonl is whole", 0, len(errors))
-        found = best_content(result.best)
-        shown = (f"trial {best['trial']}, loss {best['loss']}" for best in (stored, found))
-        audit("best.json is the best of tuning.jsonl", *shown, stored == found)
+            found = list(problems)
+        except FileNotFoundError as error:
+            found = [(Path(error.filename).name, "is missing")]
+        except (OSError, *ERRORS) as error:
+            found = [(name, str(error))]
+        new = [problem for problem in found if problem not in self.wrong]
+        for file, problem in new:
+            print(f"WRONG    {file} {problem}")
+        if not new:
+            print(f"{'-' if found else 'ok':<8} {what}" + ": not checked" * bool(found))
+        self.wrong += new
 
 
-def audit_training(audit: Audit, folder: Path, settings: dict[str, Any]) -> None:
-    """Check history.csv against run.json's settings, and these against best.json if tuned."""
-    hyperparameters = settings["hyperparameters"]
+def alike(a: str, b: str) -> bool:
+    """Tell whether two cells are equal; of numbers, to 12 digits."""
     try:
-        rows = metrics.read_csv(folder / "history.csv", model.EpochRecord._fields)
-    except (OSError, metrics.MetricsError) as error:
-        audit("history.csv", "readable", str(error), False)
+        return a == b or math.isclose(float(a), float(b), rel_tol=1e-12, abs_tol=1e-12)
+    except ValueError:
+        return False
+
+
+def differences(folder: Path, name: str, header: Sequence[str], rows: Sequence) -> Problems:
+    """Compare a CSV file with what it should hold, cell by cell."""
+    try:
+        stored_header, stored = metrics.read_csv(folder / name)
+    except FileNotFoundError:
+        yield name, "is missing"
         return
-    audit("history.csv, number of epochs", len(rows), hyperparameters["epochs"])
-    first = rows[0][1] if rows else "none"
-    audit("history.csv, first learning rate", first, str(hyperparameters["learning_rate"]))
-    best = next((p for p in (folder, folder.parent) if (p / "best.json").exists()), None)
-    if settings["tuned"] and best:
-        with contextlib.suppress(RunError):  # which audit_files has told of
-            found = read_json(best / "best.json")["hyperparameters"]
-            found["epochs"] = hyperparameters["epochs"]
-            audit("run.json, the hyperparameters of best.json", hyperparameters, found)
+    except metrics.MetricsError as error:
+        yield name, f"cannot be read: {error}"
+        return
+    stored, rows = [stored_header, *stored], [header, *rows]
+    if len(stored) != len(rows):
+        yield name, f"has {len(stored)} rows, recomputed {len(rows)}"
+    found = []
+    for number, (ours, theirs) in enumerate(zip(stored, rows, strict=False), 1):
+        for column, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="")):
+            if not alike(a, str(b)):
+                where = header[column] if column < len(header) else column + 1
+                found.append(f"row {number}, column {where}: {a}, recomputed {b}")
+    if found:
+        yield name, found[0] + f" (and {len(found) - 1} more cells)" * (len(found) > 1)
 
 
-def audit_model(audit: Audit, run: Run) -> None:
-    """Check data and split against run.json, and the logits against model.pt and the images."""
-    for key in [key for key in run.data if key not in ("source", "test_source")]:
-        stored, found = run.record["data"].get(key), run.data[key]
-        shown = (textwrap.shorten(str(value), 60) for value in (stored, found))
-        audit(f"data, {key}", *shown, stored == found)
+def audit_data(run: Run) -> Problems:
+    """Check what run.json says of data and split."""
+    for key, stored in run.other_data().items():
+        yield "run.json", f"data, {key}: {shown(stored)}, recomputed {shown(run.about[key])}"
+
+
+def audit_search(folder: Path, options: dict[str, Any]) -> Problems:
+    """Replay the search: its configurations follow from the seed, the rest from the losses."""
+    log, best = folder / "tuning.jsonl", folder / "best.json"
+    schedule = brackets(options)
+    result = hyperband.replay(log, SPACE, schedule, options["seed"], options["retrain"])
+    if best.read_text("utf-8") != best_text(result.best):
+        yield "best.json", f"is not trial {result.best.trial}, the best of tuning.jsonl"
+
+
+def audit_training(folder: Path, home: Path, options: dict[str, Any]) -> Problems:
+    """Replay the learning rates of history.csv; check the tuned hyperparameters."""
+    hyperparameters = model.Hyperparameters(**options["hyperparameters"])
+    losses = column(folder / "history.csv", "valid_loss", float)
+    stored = column(folder / "history.csv", "learning_rate")
+    if len(losses) != hyperparameters.epochs:
+        yield "history.csv", f"has {len(losses)} epochs, run.json {hyperparameters.epochs}"
+    replayed = model.learning_rates(hyperparameters, losses)
+    for number, (a, b) in enumerate(zip(stored, replayed, strict=True), 2):
+        if not alike(a, str(b)):
+            yield "history.csv", f"row {number}, column learning_rate: {a}, replayed {b}"
+            break
+    if options["taken_from"] == "tuned":
+        best = read_hyperparameters(home / "best.json")
+        if replace(best, epochs=hyperparameters.epochs) != hyperparameters:
+            yield "run.json", "train, hyperparameters: not those of best.json"
+
+
+def audit_network(run: Run) -> Problems:
+    """Check the last row of history.csv against model.pt and the validation images."""
+    network = model.load_network(run.folder / "model.pt")
+    options = run.record["train"]["options"]
+    expected = run.network(model.Hyperparameters(**options["hyperparameters"]))
+    if network.config != expected:
+        yield "model.pt", f"is {shown(network.config)}, run.json tells of {shown(expected)}"
+        return
+    measured = model.evaluate(network, *run.part(run.split.valid), device=run.options.device)
+    for name, value in zip(("valid_loss", "valid_accuracy"), measured, strict=True):
+        stored = column(run.folder / "history.csv", name, float)[-1]
+        if not abs(stored - value) <= VALIDATION_TOLERANCE[options["precision"]]:
+            yield "history.csv", f"last row, column {name}: {stored}, recomputed {value}"
+
+
+def audit_predictions(run: Run) -> Problems:
+    """Check predictions.csv against the split, the labels and model.pt."""
     read = metrics.read_predictions(run.folder / "predictions.csv")
     images, labels = run.part(run.split.test)
-    audit("predictions.csv, column id: the test split", *same(read.ids, run.split.test))
-    audit("predictions.csv, column label: the data's", *same(read.labels, labels))
-    logits = model.predict(load_trained(run), images, device=run.arguments.device).numpy()
+    for name, stored, expected in (
+        ("id", read.ids, run.split.test),
+        ("label", read.labels, labels),
+    ):
+        if not np.array_equal(stored, expected):
+            same = stored == expected if len(stored) == len(expected) else np.array([False])
+            row = int(np.argmin(same)) + 2
+            yield "predictions.csv", f"row {row}, column {name}: not the test split's"
+            return
+    network = model.load_network(run.folder / "model.pt")
+    logits = model.predict(network, images, device=run.options.device).numpy()
     if logits.shape != read.logits.shape:
-        audit("predictions.csv: logits of model.pt", read.logits.shape, logits.shape)
+        yield "predictions.csv", f"has {read.logits.shape[1]} logits, model.pt {logits.shape[1]}"
         return
-    difference = abs(logits - read.logits)
-    row, column = divmod(int(difference.argmax()), logits.shape[1])
-    limit = LOGIT_TOLERANCE * max(1.0, float(abs(logits).max()))
-    audit(
-        f"predictions.csv, row {row + 2}, column logit_{column}: farthest from model.pt's logits",
-        float(read.logits[row, column]),
-        float(logits[row, column]),
-        bool((difference <= limit).all()),
-    )
+    apart = np.abs(logits - read.logits)
+    row, k = np.unravel_index(apart.argmax(), apart.shape)
+    if not apart.max() <= LOGIT_TOLERANCE * max(1.0, np.abs(logits).max()):
+        place = f"row {row + 2}, column logit_{k}"
+        yield "predictions.csv", f"{place}: {read.logits[row, k]}, model.pt gives {logits[row, k]}"
 
 
-def same(stored: Any, recomputed: Any) -> tuple[str, str, bool]:
-    """Compare two integer columns; name the first row that differs."""
-    if len(stored) != len(recomputed):
-        return f"{len(stored)} rows", f"{len(recomputed)} rows", False
-    wrong = (stored != recomputed).nonzero()[0]
-    if len(wrong):
-        return f"row {wrong[0] + 2}: {stored[wrong[0]]}", str(recomputed[wrong[0]]), False
-    return f"{len(stored)} rows", "all equal", True
+def audit_tables(folder: Path, about: dict[str, Any]) -> Problems:
+    """Recompute what follows from predictions.csv."""
+    predictions = metrics.read_predictions(folder / "predictions.csv")
+    for name, (header, rows) in derived(predictions, about).items():
+        yield from differences(folder, name, header, rows)
 
 
-def verify(folder: Path, run: Run | None) -> bool:
+def audit_report(folder: Path, record: dict[str, Any]) -> Problems:
+    """Write report.md again from the other files, and compare."""
+    stored = (folder / "report.md").read_text("utf-8", "replace").splitlines()
+    expected = report_text(folder, record).splitlines()
+    for number, (a, b) in enumerate(itertools.zip_longest(stored, expected, fillvalue=""), 1):
+        if a != b:
+            yield "report.md", f"line {number}: {shown(a)}, rewritten {shown(b)}"
+            break
+
+
+def audit_sums(folder: Path, told: set[str]) -> Problems:
+    """Check SHA256SUMS; of a file whose fault was told already, say no more."""
+    if not (folder / "SHA256SUMS").exists():
+        yield "SHA256SUMS", "is missing: the last command did not end"
+        return
+    for name, problem in changed_files(folder):
+        if not {name, Path(name).name} & told:
+            yield name, problem
+
+
+def audit_poster(folder: Path) -> Problems:
+    """Check the poster's results against each other."""
+    _, cells = metrics.read_csv(folder / "confusion.csv")
+    matrix = np.array([list(map(int, row[1:])) for row in cells])
+    recomputed = metrics.summary_from_confusion(matrix)
+    for name, printed, value in zip(
+        METRIC_NAMES.values(),
+        column(folder / "table.csv", "value", float),
+        recomputed.values(),
+        strict=True,
+    ):
+        # The poster cuts its precision, 0.567883, instead of rounding it.
+        if printed not in (round(value, 4), math.floor(value * 1e4) / 1e4):
+            yield "table.csv", f"{name}: {printed}, the matrix gives {value:.6f}"
+    for k, ratio in enumerate(column(folder / "per_class.csv", "ratio", float)):
+        if ratio != round(matrix[k].sum() / matrix.sum(), 2):
+            yield "per_class.csv", f"class {k}: {ratio}, the matrix gives another ratio"
+    fpr = column(folder / "roc.csv", "fpr", float)
+    for k, printed in enumerate(column(folder / "auc.csv", "auc", float)):
+        area = np.trapezoid(column(folder / "roc.csv", f"tpr_{k}", float), fpr)
+        if not abs(area - printed) <= 1e-3:
+            yield "auc.csv", f"class {k}: {printed}, the curve gives {area:.4f}"
+
+
+def audit(folder: Path, home: Path, images: data.ImageData | None, options: Namespace) -> bool:
     """Check a results folder without training; tell whether all is as it should be.
 
-    Without `run` (``--no-model``), neither model.pt nor the data are looked at.
+    Without `images` (``--no-model``), neither model.pt nor the data are looked at.
     """
-    audit = Audit()
-    audit_poster(audit)
-    record: dict[str, Any] = {}
-    if (folder / "run.json").exists():
-        try:
-            record = read_json(folder / "run.json")
-            audit("run.json is as it was written", "checksum", "equal", True)
-        except RunError as error:
-            audit("run.json is as it was written", "checksum", str(error), False)
-            print(f"the other files of {folder} are judged by run.json: not checked")
-            return False
-    audit_files(audit, folder, record)
-    if "result" in record.get("tune", {}):
-        audit_search(audit, folder, record["tune"]["settings"])
-    if "result" in record.get("train", {}):
-        audit_training(audit, folder, record["train"]["settings"])
-    if "result" in record.get("seeds", {}):
-        seeds = record["seeds"]["settings"]["seeds"]
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                write_seeds(folder, Path(scratch), record["data"], seeds)
-            except (OSError, metrics.MetricsError) as error:
-                audit("seeds.csv follows from the predictions", "readable", str(error), False)
-            for path in sorted(Path(scratch).iterdir()):
-                audit_cells(audit, folder / path.name, path)
-    audit_texts(audit, folder, record)
-    if (folder / "predictions.csv").exists():
-        audit_predictions(audit, folder, record, run)
-    elif not any("result" in record.get(stage, {}) for stage in ("seeds", "compare")):
-        raise RunError(f"{folder} holds no predictions.csv to verify: run --stage test first")
-    if audit.wrong:
-        print(f"{audit.wrong} of {audit.checks} checks are WRONG in {folder}")
+    print(f"verify   {folder}")
+    audit, record = Audit(), {}
+    if is_poster(folder):
+        what = "table and class ratios follow from the confusion matrix, AUCs from the curves"
+        audit.group("confusion.csv", what, audit_poster(folder))
     else:
-        print(f"all {audit.checks} checks ok in {folder}")
+        try:
+            record = read_record(folder)
+            problem = "is missing: SHA256SUMS alone is checked"
+        except RunError as error:
+            problem = f"{error}: SHA256SUMS alone is checked"
+        if not record:
+            audit.group("run.json", "", iter([("run.json", problem)]))
+    run = None
+    if record and images is not None:
+        known = {key: record["data"][key] for key in ("split", "split_seed")}
+        known |= {"data": record["data"]["source"], "overwrite": False}
+        run = Run(folder, images, Namespace(**{**vars(options), **known}))
+    ended = {stage for stage in FILES if record.get(stage, {}).get("seconds") is not None}
+    if run:
+        audit.group("run.json", "data and split are those of run.json", audit_data(run))
+    if "tune" in ended:
+        what = "the search's configurations, promotions and best.json follow from seed and losses"
+        audit.group("tuning.jsonl", what, audit_search(folder, record["tune"]["options"]))
+    if "train" in ended:
+        what = "learning rates follow from the validation losses"
+        problems = audit_training(folder, home, record["train"]["options"])
+        audit.group("history.csv", what, problems)
+        if run:
+            what = "the last epoch's validation loss and accuracy are model.pt's"
+            audit.group("model.pt", what, audit_network(run))
+    if "test" in ended:
+        if run:
+            what = "predictions.csv has the split's ids, the data's labels and model.pt's logits"
+            audit.group("predictions.csv", what, audit_predictions(run))
+        what = "table, confusion matrix, classes, ROC curves and AUCs follow from predictions.csv"
+        audit.group("predictions.csv", what, audit_tables(folder, record["data"]))
+    if "seeds" in record and (folder / "seeds.csv").exists():
+        table = seeds_table(folder, record["seeds"])
+        audit.group("seeds.csv", "", differences(folder, "seeds.csv", *table))
+    if record and (folder / "report.md").exists():
+        audit.group("report.md", "report.md follows from the files", audit_report(folder, record))
+    told = {name for name, _ in audit.wrong}
+    audit.group("SHA256SUMS", f"{len(files_in(folder))} files", audit_sums(folder, told))
+    if record:
+        print(f"on trust {ON_TRUST}")
     return not audit.wrong
 
 
-def audit_texts(audit: Audit, folder: Path, record: dict[str, Any]) -> None:
-    """Write compare.md and report.md again from the other files, and compare."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for stage in ("compare", "report"):
-            if "result" not in record.get(stage, {}):
-                continue
-            try:
-                if stage == "compare":
-                    write_comparison(folder, Path(scratch), record["data"], record["compare"])
-                else:
-                    write_report(folder, Path(scratch), record)
-            except (OSError, LookupError, ValueError, ArithmeticError) as error:
-                audit(f"what {stage}.md follows from", "readable", str(error), False)
-                continue
-            audit_cells(audit, folder / f"{stage}.md", Path(scratch, f"{stage}.md"))
+def audit_all(folder: Path, images: data.ImageData | None, options: Namespace) -> bool:
+    """Audit a folder, and those of its seeds; tell whether all is as it should be."""
+    well = audit(folder, folder, images, options)
+    with contextlib.suppress(RunError):  # of which the audit has told
+        for seed in read_record(folder).get("seeds", []):
+            well &= audit(folder / f"seed-{seed}", folder, images, options)
+    print(f"verify   {'all is well' if well else 'something is WRONG'} in {folder}")
+    return well
 
 
-def audit_predictions(audit: Audit, folder: Path, record: dict[str, Any], run: Run | None) -> None:
-    """Recompute all that follows from predictions.csv, and predictions.csv from model.pt."""
-    try:
-        read = metrics.read_predictions(folder / "predictions.csv")
-    except metrics.MetricsError as error:
-        audit("predictions.csv", "readable", str(error), False)
-        return
-    num_classes = read.logits.shape[1]
-    about = record.get("data") or {
-        "name": "unknown data",
-        "md5": None,
-        "split": "unknown",
-        "sizes": [0, 0, len(read.labels)],
-        "class_names": [f"class {k}" for k in range(num_classes)],
-    }
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes without test images; said when it was written
-        try:
-            summary = write_metrics(folder, Path(scratch), about)
-        except metrics.MetricsError as error:
-            audit("predictions.csv", "as run.json tells", str(error), False)
-            return
-        for path in sorted(p for p in Path(scratch).rglob("*") if p.is_file()):
-            stored = folder / path.relative_to(scratch)
-            if record or stored.exists():
-                audit_cells(audit, stored, path)
-        if run is not None:
-            try:
-                audit_model(audit, run)
-            except (RunError, model.CheckpointError) as error:
-                audit("model.pt", "readable", str(error), False)
-        for key, value in summary.items():
-            print(f"{'':<6} {METRIC_NAMES[key]} of predictions.csv: {value:.6f}")
+def is_poster(folder: Path) -> bool:
+    """Tell whether a folder has the poster's own results."""
+    return folder.resolve() == POSTER or (folder / "roc.csv").exists()
 
 
-SETTINGS: dict[str, Callable[[Run], dict | None]] = {
-    "tune": tuning_settings,
-    "train": training_settings,
-    "test": lambda run: {"precision": "fp32"},
-    "seeds": lambda run: {"seeds": run.arguments.seeds},
-    "compare": comparison_settings,
-    "figures": lambda run: {},
-    "report": lambda run: {},
-}
-WORK: dict[str, Callable[[Run], None]] = {
-    "tune": tune,
-    "train": train,
-    "test": test,
-    "seeds": aggregate,
-    "compare": compare,
-    "figures": draw,
-    "report": report,
-}
+# --------------------------------------------------------------------------- the command line
+
+CHAIN = ("tune", "train", "test", "figures", "report")
+STAGES = {"tune": tune, "train": train, "test": test}
+STAGES |= {"compare": compare, "figures": figures, "report": report}
+# What decides the outcome of the stages that are done once.
+OPTIONS = {"tune": tuning_options, "train": training_options, "compare": comparison_options}
 
 
-# ------------------------------------------------------------------------------ command line
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def at_least(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
-    """Make an argument type: an integer from `least` to `most`, or to the largest seed of all."""
+def number_from(least: int, most: int = 2**32 - 1) -> Any:
+    """Make an argument type: a whole number in a range, by default to the largest seed."""
 
     def convert(text: str) -> int:
         if not text.isdecimal() or not least <= int(text[:11]) <= most:
-            limit = f" (to {most:,})" * (most < 2**32 - 1)
-            raise argparse.ArgumentTypeError(
-                f"{text[:20]!r} is no whole number from {least} up{limit}"
-            )
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number {least} to {most}")
         return int(text)
 
     return convert
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """Read the command line; what is wrong in it or without effect ends the program in one line."""
+    parser = argparse.ArgumentParser(
         prog="reproduce.py",
         description='Regenerate the results of the poster "Medical Image Classification Model '
         'Based on CNN".',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python reproduce.py --stage all                        on TissueMNIST, without a network on digits
+  python reproduce.py --data breastmnist --split official --seeds 0 1 2 3 4
+  python reproduce.py --stage verify --results results/reference/digits""",
     )
-    add = parser.add_argument
+    parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
+    stages_of = {}
+
+    def add(option: str, stages: str, text: str, **settings: Any) -> None:
+        """Add an option that has an effect on these stages alone, or on any."""
+        action = group.add_argument(option, help=text, **settings)
+        stages_of[action.dest] = option, stages, action.default
+
+    any_stage, flag = "", {"action": "store_true"}
+    number, seed = ({"type": number_from(least), "metavar": "N"} for least in (1, 0))
+
+    group = parser.add_argument_group("what to do")
+    text = "all: tune, train, test, figures, report, verify in turn; compare: KNN, SVM and networks"
+    add("--stage", any_stage, text, choices=("all", *STAGES, "verify"), default="all")
+    add("--results", any_stage, "folder of the run; default: results/DATA", metavar="DIR")
+    add("--overwrite", any_stage, "do again what is done, and drop what followed from it", **flag)
+    add("--no-model", "verify", "verify without model and images", **flag)
+
+    group = parser.add_argument_group("data")
+    text = (
+        f"digits; {', '.join(data.MEDMNIST)}; FILE.npz in MedMNIST's layout; default: auto, which "
+    )
+    text += "is what the folder was made from, else tissuemnist, without a network digits"
+    add("--data", any_stage, text, metavar="SOURCE", default="auto")
+    add("--root", any_stage, "where downloads are kept", metavar="DIR", default="~/.medmnist")
+    text, loading = "60/15/25 %% at random, or the file's own; default: poster", " ".join(STAGES)
+    loading = loading.replace("report", "all verify")
+    add("--split", loading, text, choices=("poster", "official"))
+    add("--split-seed", loading, "of the poster's split; default: 0", **seed)
+
+    group = parser.add_argument_group("search")
+    text = "the poster's one bracket, or Hyperband's; default: poster"
+    add("--schedule", "all tune", text, choices=("poster", "hyperband"), default="poster")
+    most = {"type": number_from(1, 100_000), "metavar": "R"}
     add(
-        "--stage",
-        choices=("all", *STAGES, "verify", "figures", "report", "compare", "predict"),
-        default="all",
-        help="default: all but the last two",
+        "--max-resource",
+        "all tune",
+        "most epochs of a trial of Hyperband's: 81",
+        default=81,
+        **most,
     )
-    add("--data", metavar="SOURCE", help=f"{data.SOURCES}; default: auto")
-    add("--test-data", metavar="FOLDER", help="test on this; 80/20 %% of the folder --data: train")
-    add(
-        "--root",
-        default="~/.medmnist",
-        help="where downloads and decoded folders are kept: %(default)s",
-    )
-    add("--split", choices=("poster", "official"), help="default: poster, 60/15/25 %% at random")
-    add("--split-seed", type=at_least(0), metavar="N", help="default: 0")
-    add(
-        "--hyperparameters",
-        default="poster",
-        metavar="{poster,authors,tuned,FILE.json}",
-        help="what to train with; default: poster",
-    )
-    add("--epochs", type=at_least(1), metavar="N", help="default: the hyperparameters', 100")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="weights, order, dropout, search")
-    add("--seeds", type=at_least(0), nargs="+", metavar="N", help="train and test once a seed")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; default: auto")
-    add("--precision", choices=model.PRECISIONS, default="auto", help="default: auto")
-    add("--compile", choices=model.COMPILE, default="auto", help="training; default: auto")
-    add("--schedule", choices=("poster", "hyperband"), default="poster", help="of the search")
-    top = at_least(1, 100_000)
-    add("--max-resource", type=top, default=81, metavar="R", help="of hyperband: 81")
-    add("--eta", type=at_least(2), default=3, metavar="ETA", help="of hyperband: 3")
-    add("--retrain", action="store_true", help="search: start every rung again from scratch")
-    add("--workers", type=at_least(1), metavar="N", help="search: N processes; default: one a core")
-    add("--dask", metavar="tcp://HOST:PORT", help="search: on the Dask cluster of this scheduler")
-    add("--results", metavar="DIR", help="default: results/<data set>")
-    add("--overwrite", action="store_true", help="replace another run in the results folder")
-    add("--no-model", action="store_true", help="verify: without model and images")
-    add("--compare-max", type=at_least(10), default=10_000, metavar="N", help="training images")
-    add("--images", metavar="SOURCE", help="predict: FOLDER or FILE.npz")
-    add("--model", metavar="FILE", help="predict: a model.pt")
-    add("--output", metavar="FILE.csv", default="predicted.csv", help="default: %(default)s")
-    add("--submission", action="store_true", help="predict: columns Id,Cell type, as the authors'")
-    add("--from", dest="origin", metavar="RUN.JSON", help="do that run again, beside it")
-    arguments = parser.parse_args(argv)
-    if arguments.dask and not re.fullmatch(r"\w+://.+:\d+", arguments.dask):
-        parser.error(f"--dask takes tcp://HOST:PORT, not {arguments.dask}")
-    if arguments.workers and arguments.dask:
-        parser.error("--workers starts processes here: leave it out with --dask")
-    if arguments.seeds and len({*arguments.seeds}) < max(2, len(arguments.seeds)):
-        parser.error("--seeds takes two or more different seeds; for one say --seed")
-    if arguments.schedule != "hyperband" and (arguments.max_resource, arguments.eta) != (81, 3):
+    add("--eta", "all tune", "one in N survives a rung of Hyperband's: 3", default=3, **number)
+    add("--retrain", "all tune", "train every rung from scratch, not from the last one", **flag)
+    add("--workers", "all tune", "trials at a time; default: a core each, or 1 on a GPU", **number)
+    text = "run the trials on the Dask cluster of this scheduler"
+    add("--dask", "all tune", text, metavar="tcp://HOST:PORT")
+
+    group, training = parser.add_argument_group("training"), "all train compare"
+    text = "poster (default), authors (16 digits), tuned (the search's best) or a file of your own"
+    names = "{poster,authors,tuned,FILE.json}"
+    add("--hyperparameters", training, text, metavar=names, default="poster")
+    add("--epochs", training, "default: the hyperparameters', 100", **number)
+    text = "of search, weights, order of the images and dropout; default: 0"
+    add("--seed", f"{training} tune", text, default=0, **seed)
+    add("--seeds", "all train", "train and test once with each of these", nargs="+", **seed)
+    add("--device", any_stage, "auto (default), cpu, cuda, cuda:1, ...", default="auto")
+    text = "auto (default): fp16 on a GPU, bf16 on a CPU that has it, else fp32"
+    add("--precision", f"{training} tune", text, choices=model.PRECISIONS, default="auto")
+    text = "compile the training step; auto (default): where the training is long enough to gain"
+    add("--compile", "all train", text, choices=model.COMPILE, default="auto")
+    text = "most training images of the comparison; default: 10000"
+    add("--compare-max", "compare", text, default=10_000, **number)
+
+    options = parser.parse_args(argv)
+    for name, (option, stages, default) in stages_of.items():
+        if stages and options.stage not in stages.split() and getattr(options, name) != default:
+            parser.error(f"{option} has no effect on --stage {options.stage}: leave it out")
+    if options.schedule == "poster" and (options.max_resource, options.eta) != (81, 3):
         parser.error("--max-resource and --eta go with --schedule hyperband")
-    if arguments.no_model and arguments.stage != "verify":
-        parser.error("--no-model goes with --stage verify")
-    if arguments.seeds and arguments.stage not in ("all", *STAGES):
-        parser.error(f"--seeds is for all, {', '.join(STAGES)}: the others look at one folder")
-    if arguments.test_data and (arguments.split or arguments.data is None):
-        parser.error("--test-data goes with --data FOLDER, and without --split")
-    if arguments.stage == "predict" and not (arguments.images and arguments.model):
-        parser.error("--stage predict needs --images FOLDER_OR_NPZ and --model FILE")
-    if arguments.origin:
-        given = {key for key, value in vars(arguments).items() if value != parser.get_default(key)}
-        free = {"data", "test_data", "root", "device", "workers", "dask", "results", "overwrite"}
-        if extra := given - free - {"origin"}:
-            option = min(extra).replace("_", "-")
-            parser.error(f"--from takes its settings from the file: leave out --{option}")
-        take_settings(arguments)
-    return arguments
+    if options.eta < 2 or options.compare_max < 10:
+        parser.error("--eta is at least 2, --compare-max at least 10")
+    if options.dask and (options.workers or not re.fullmatch(r"\w+://.+:\d+", options.dask)):
+        parser.error("--dask takes tcp://HOST:PORT, and no --workers beside it")
+    if options.seeds and len({*options.seeds}) < max(2, len(options.seeds)):
+        parser.error("--seeds takes two or more different seeds; for one say --seed")
+    if options.split == "official" and options.split_seed is not None:
+        parser.error("--split-seed has no effect on --split official: leave it out")
+    return options
 
 
-def take_settings(arguments: argparse.Namespace) -> None:
-    """Set the command line to what the run.json named by ``--from`` was made with."""
-    origin = Path(arguments.origin)
-    record = read_json(origin)
-    tuned = record.get("tune", {}).get("settings")
-    if "seeds" in record:
-        arguments.seeds = record["seeds"]["settings"]["seeds"]
-        origin = origin.parent / f"seed-{arguments.seeds[0]}" / "run.json"
-        record["train"] = read_json(origin).get("train")
-    if not record.get("train"):
-        raise RunError(f"{arguments.origin} holds no training to do again")
-    about, trained = record["data"], record["train"]
-    arguments.test_data = arguments.test_data or about.get("test_source")
-    arguments.data = arguments.data or about["source"]
-    arguments.md5 = about["md5"]
-    arguments.split_seed = about["split_seed"]
-    arguments.split = None if about["split"] == "folders" else about["split"]
-    arguments.hyperparameters, arguments.seed = str(origin), trained["settings"]["seed"]
-    if arguments.seeds and tuned:
-        arguments.seed = tuned["seed"]
-    arguments.precision = trained["environment"]["precision"]
-    arguments.compile = trained["settings"].get("compile", "off")
-    arguments.results = arguments.results or f"{Path(arguments.origin).resolve().parent}-again"
-    arguments.stage = "all" if tuned else "train test"
-    if tuned and tuned["schedule"] != [list(map(list, hyperband.POSTER_BRACKET))]:
-        arguments.schedule = [[hyperband.Rung(*r) for r in rungs] for rungs in tuned["schedule"]]
-    if tuned:
-        arguments.retrain = tuned["retrain"]
+def open_data(options: Namespace) -> tuple[Path, data.ImageData | None]:
+    """Settle folder, data and split; load the images, where the stage needs them.
 
-
-NOT_COMPARABLE = (
-    "NOTE: this run is not on the poster's images and split; its figures cannot be compared with "
-    "the poster's."
-)
-
-
-def load_images(arguments: argparse.Namespace) -> data.ImageData:
-    """Load what ``--data`` names, or what the results folder at hand was made from."""
-    source = arguments.data
-    known = Path(arguments.results or "", "run.json")
-    if source is None and arguments.stage in LATER and arguments.results and known.exists():
-        about = read_json(known)["data"]
-        source = arguments.data = about["source"]
-        arguments.test_data = about.get("test_source")
+    A folder that holds a run says what it is on; without one it is named after the data.
+    """
+    stage, record, folder = options.stage, {}, None
+    if options.results:
+        folder = Path(options.results)
+    elif options.data != "auto":
+        folder = Path("results", Path(options.data).stem)
+    elif stage not in ("all", "tune", "train"):  # looks at a run that is there
+        places = [Path("results", name) for name in ("tissuemnist", "digits")]
+        folder = next((place for place in places if place.exists()), places[0])
+    if folder is not None:
+        try:
+            record = read_record(folder)
+        except RunError:
+            if stage != "verify" and not options.overwrite:
+                raise
+    about = record.get("data", {})
+    options.data = about.get("source", "auto") if options.data == "auto" else options.data
+    options.split = options.split or about.get("split", "poster")
+    if options.split_seed is None:
+        options.split_seed = about.get("split_seed", 0)
+    if stage == "verify" and not folder.is_dir():
+        raise RunError(f"{folder}: no such folder: name the run's by --results")
+    if stage in ("test", "figures", "report") and not (record or is_poster(folder)):
+        raise RunError(f"{folder} holds no run: run --stage all first, or name its --results")
+    if stage == "report" or (stage == "verify" and (options.no_model or not record)):
+        return folder, None
+    if folder is not None and is_poster(folder):
+        return folder, None
     progress = Progress("data", 1)
 
     def show(done: int, total: int) -> None:
         progress.total = total
-        shown = f"{done / 1e6:.0f} of {total / 1e6:.0f} million bytes"
-        if source and Path(source).is_dir():
-            shown = f"{done:,} of {total:,} images decoded"
-        progress(done, shown, step=done == total)
+        text = f"{done / 1e6:.0f} of {total / 1e6:.0f} million bytes"
+        progress(done, text, step=done == total)
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", data.DigitsFallbackWarning)
-        if arguments.test_data:
-            images = data.load_folders(source, arguments.test_data, arguments.root, show)
-        else:
-            may = arguments.stage != "verify"  # which needs no network
-            images = data.load(source or "auto", arguments.root, may, show)
-    progress.close()
-    for warning in caught:
-        print(f"NOTE: {warning.message}")
-    if arguments.origin and images.md5 != arguments.md5:
-        raise RunError(f"{source} has MD5 {images.md5}, {arguments.origin} names {arguments.md5}")
-    return images
+    images = data.load(options.data, options.root, stage != "verify", show)
+    return folder or Path("results", images.name), images
+
+
+def carry_out(options: Namespace) -> bool:
+    """Carry out a command line; tell whether all is well, of which only the audit may doubt."""
+    options.device = model.resolve_device(options.device)
+    options.precision = model.resolve_precision(options.precision, options.device)
+    cores = joblib.cpu_count() if options.device.type == "cpu" else 1
+    options.workers = options.workers or cores  # of a container's cores, those it may use
+    stages = {"all": CHAIN, "compare": ("compare", "figures", "report")}
+    stages = stages.get(options.stage, (options.stage,))
+    if importlib.util.find_spec("matplotlib") is None:
+        if options.stage == "figures":
+            raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
+        stages = tuple(stage for stage in stages if stage != "figures")
+    automatic = options.data == "auto"
+    folder, images = open_data(options)
+    if options.stage == "verify":
+        return audit_all(folder, images, options)
+    run = Run(folder, images, options)
+    seeds = options.seeds or run.record.get("seeds", [])
+    work = plan(run, seeds, stages)
+    runs = dict.fromkeys(one for one, _ in work)
+    print_plan(run, stages)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        for one in runs:
+            one.unseal([stage for other, stage in work if other is one])
+        if seeds:
+            run.record["seeds"] = seeds
+            run.save()
+        for one, stage in work:
+            STAGES[stage](one)
+        for one in runs:
+            one.seal()
+    well = options.stage != "all" or audit_all(folder, images, options)
+    for name in ("seeds.csv", "table.csv"):
+        if (folder / name).exists():
+            print(f"\n{csv_table(folder / name)}")
+            break
+    print(f"files    {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    if "test" in stages and not seeds:
+        compare_with_reference(run)
+    if automatic and images is not None and images.name == "digits":
+        print(
+            "NOTE: these are scikit-learn's digits, for want of a network, not the poster's images"
+        )
+    return well
+
+
+def plan(run: Run, seeds: Sequence[int], stages: Sequence[str]) -> list[tuple[Run, str]]:
+    """Say which stages are to be done in which folder; refuse what can't be, before it begins."""
+    if run.images is not None and (other := run.other_data()):
+        key, value = next(iter(other.items()))
+        raise RunError(
+            f"{run.folder} holds another run ({key} {shown(value)}, not {shown(run.about[key])}): "
+            "choose another --results, or say --overwrite"
+        )
+    others = [p for p in run.folder.glob("*") if p.name != ".lock" and p.suffix != ".tmp"]
+    if others and not (run.record or run.options.overwrite or is_poster(run.folder)):
+        raise RunError(
+            f"{run.folder} is not empty and holds no run.json: choose another --results, or say "
+            "--overwrite"
+        )
+    if seeds and ("train" in run.record or run.record.get("seeds", seeds) != seeds):
+        raise RunError(f"{run.folder} holds a run of other seeds: choose another --results")
+    common = [stage for stage in stages if not seeds or stage in ("tune", "compare")]
+    work = [(run, stage) for stage in common]
+    if seeds:
+        each = [stage for stage in stages if stage not in common]
+        ones = [run.seeded(seed) for seed in seeds]
+        work += [(one, stage) for one in ones for stage in each]
+        last = ["figures"] * ("figures" in each) + ["report"] * bool({"test", "report"} & {*each})
+        work += [(run, stage) for stage in last]
+    for one, stage in work:
+        if stage in OPTIONS and not one.options.overwrite:
+            options = OPTIONS[stage](one)
+            if options is None and "tune" not in stages:
+                raise RunError(f"no {run.folder / 'best.json'} yet: run --stage tune first")
+            one.check(stage, options or {})
+    return work
 
 
 def print_plan(run: Run, stages: Sequence[str]) -> None:
     """Say what is about to be done, and how much work it is."""
-    arguments, images = run.arguments, run.images
-    where = environment(arguments.device, arguments.precision)
-    sizes = " / ".join(f"{len(part):,}" for part in run.split)
-    shape = "x".join(map(str, images.images.shape[1:]))
-    print(f"data       {images.name}: {len(images.labels):,} images {shape}, ", end="")
-    print(f"{images.num_classes} classes; {images.source}")
-    print(f"split      {run.split_name}: {sizes} train / validation / test")
+    print(f"results  {run.folder}")
+    if run.images is None:
+        return
+    options, images, about = run.options, run.images, run.about
+    shape = "x".join(map(str, about["shape"][1:]))
+    sizes = " / ".join(f"{size:,}" for size in about["sizes"])
+    where = model.environment(options.device)
     print(
-        f"device     {where['device']} ({where['device_name']}), {where['threads']} threads, "
-        f"precision {where['precision']}"
+        f"data     {images.name}: {len(images.labels):,} images of {shape}, {images.num_classes} "
+        f"classes, from {images.source}\n"
+        f"split    {options.split}: {sizes} for training / validation / test"
+        + ("" if comparable(about) else "; not comparable with the poster")
+        + f"\ndevice   {where['device_name'] or options.device}, {where['threads']} threads; "
+        f"training in {options.precision}"
     )
     if "tune" in stages:
-        schedule = tuning_schedule(arguments)
-        flow = "; ".join(" -> ".join(f"{n}@{r}" for n, r in rungs) for rungs in schedule)
-        epochs = sum(hyperband.total_resource(rungs, arguments.retrain) for rungs in schedule)
-        count = min(TUNING_IMAGES, len(run.split.train) + len(run.split.valid))
-        on = f"on {arguments.dask}" if arguments.dask else f"{count_workers(arguments)} at a time"
-        print(f"tune       {flow}: {epochs} epochs of {count * 8 // 10:,} images, {on}")
-    if "train" in stages:
-        chosen = chosen_hyperparameters(arguments, run.best)
-        if chosen is None:
-            print("train      with the hyperparameters that the search will find")
-        else:
-            network = model.build(run.network_config(chosen))
-            *_, parameters, macs = zip(*model.layer_table(network), strict=True)
-            steps = chosen.epochs * len(run.split.train)
-            print(
-                f"train      {arguments.hyperparameters} hyperparameters, PosterCNN with "
-                f"{sum(parameters):,} parameters: {chosen.epochs} epochs, {steps:,} image steps of "
-                f"{3 * sum(macs) / 1e6:.1f} million multiply-accumulates"
+        schedule = brackets(tuning_options(run))
+        epochs = sum(hyperband.total_resource(rungs, options.retrain) for rungs in schedule)
+        flows = [" -> ".join(f"{n}@{resource}" for n, resource in rungs) for rungs in schedule]
+        on = f"on {options.dask}" if options.dask else f"{options.workers} at a time"
+        print(f"tune     {'; '.join(flows)}: {epochs} epochs, trials {on}")
+    chosen = chosen_hyperparameters(run) if "train" in stages else None
+    if chosen:
+        print(f"train    {chosen.epochs} epochs, {options.hyperparameters} hyperparameters")
+    sys.stdout.flush()
+
+
+def compare_with_reference(run: Run) -> None:
+    """Say how many predictions are those of our own run, which lies in results/reference."""
+    ours = REFERENCE / run.about["name"]
+    with contextlib.suppress(RunError, OSError):
+        if read_record(ours).get("data", {}).get("md5") == run.about["md5"]:
+            first, second = (
+                metrics.read_predictions(folder / "predictions.csv")
+                for folder in (ours, run.folder)
             )
-    print(f"results    {run.folder}", flush=True)
-
-
-def run_stages(arguments: argparse.Namespace) -> int:
-    """Carry out a command line; return the exit status."""
-    if arguments.stage == "verify":
-        return 0 if verify_stage(arguments) else 1
-    try:
-        model.resolve_device(arguments.device)
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    if arguments.stage == "predict":
-        predict(arguments)
-        return 0
-    if arguments.stage == "figures" and not drawable():
-        raise RunError(NO_MATPLOTLIB)
-    known = Path(arguments.results or "", "run.json")
-    later = arguments.stage in ("test", "figures", "report") and not arguments.seeds
-    if later and arguments.results and not known.exists():
-        raise RunError(f"{known}: no such file: run --stage train first, or --stage all")
-    if arguments.hyperparameters != "tuned":  # before gigabytes are read, not after
-        chosen_hyperparameters(arguments, Path())
-    images = load_images(arguments)
-    folder = Path(arguments.results or Path("results", images.name))
-    run = Run(arguments, images, folder, folder / "best.json")
-    if not comparable(run.data):
-        print(NOT_COMPARABLE)
-    stages = named = STAGES if arguments.stage == "all" else tuple(arguments.stage.split())
-    drawn = ()  # what shows the results of these stages, or showed those of an earlier command
-    if arguments.stage == "all" or named[0] in ("compare", "figures"):
-        drawn = [s for s in ("figures", "report") if arguments.stage == "all" or run.finished(s)]
-        drawn = tuple(s for s in drawn if s not in named and (s != "figures" or drawable()))
-    stages = (*named, *drawn)
-    if "train" in stages and training_settings(run) is None and "tune" not in stages:
-        raise RunError(f"no {run.best} to take tuned hyperparameters from: run --stage tune first")
-    seeds = [seed_run(run, seed) for seed in arguments.seeds or []]
-    if stages == ("test",):
-        for one in seeds or [run]:
-            load_trained(one)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: {error.strerror}: choose another --results") from None
-    with locked(folder):
-        run = Run(arguments, images, folder, run.best)  # as it is, now that nobody else writes it
-        work = [(run, stages)]
-        if seeds:
-            seeds = [seed_run(run, seed) for seed in arguments.seeds]
-            each = tuple(stage for stage in stages if stage != "tune")
-            work = [(run, ("tune",))] if "tune" in stages else []
-            work += [(one, each) for one in seeds if each]
-            work += [(run, ("seeds", *drawn))] if "test" in stages else []
-        try:
-            carry_out(work)
-        except OSError as error:
-            if error.errno and not error.filename:  # a full disk names no file
-                error.filename = str(folder)
-            raise
-        ok = arguments.stage != "all" or verify_all(folder, run)
-    table = {"compare": "compare.md"}.get(named[0], "seeds.md" if seeds else "table.md")
-    if "test" in stages or table == "compare.md":
-        print("\n" + (folder / table).read_text(encoding="utf-8"))
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        print(f"file       {path}")
-    if arguments.stage == "all" and not drawable():
-        print(NO_MATPLOTLIB)
-    if arguments.origin:
-        for path in sorted(folder.rglob("predictions.csv")):
-            first = Path(arguments.origin).parent / path.relative_to(folder)
-            if first.exists():
-                alike = path.read_bytes() == first.read_bytes()
-                print(f"{path} and {first} are {'identical' if alike else 'NOT identical'}")
-    if not comparable(run.data):
-        print(NOT_COMPARABLE)
-    return 0 if ok else 1
-
-
-def seed_run(run: Run, seed: int) -> Run:
-    """Make the run of one of several seeds, in a folder inside `run`'s."""
-    arguments = copy.copy(run.arguments)
-    arguments.seed = seed
-    return Run(arguments, run.images, run.folder / f"seed-{seed}", run.best)
-
-
-def carry_out(work: Sequence[tuple[Run, Sequence[str]]]) -> None:
-    """Do the stages that are not done yet; where all are done, do all again."""
-    again = all(run.finished(stage) for run, stages in work for stage in stages)
-    for run, stages in work:
-        run.folder.mkdir(exist_ok=True)
-        run.open(stages, again)
-    for run, stages in work:
-        print_plan(run, stages)
-        for stage in stages:
-            if run.finished(stage) and not run.differs(stage):
-                (run.folder / "training.pt").unlink(missing_ok=True)  # after a kill at the very end
-                print(f"{stage:<10} done already")
-            else:
-                WORK[stage](run)
-
-
-def verify_stage(arguments: argparse.Namespace) -> bool:
-    """Verify what ``--results``, or ``--data``, names; tell whether all is as it should be."""
-    folder, run = Path(arguments.results or ""), None
-    if not arguments.no_model:
-        intact = True
-        with contextlib.suppress(RunError):  # damaged, it can't say what the folder was made from
-            intact = False
-            intact = not arguments.results or bool(read_json(folder / "run.json"))
-        if intact:
-            images = load_images(arguments)
-            folder = Path(arguments.results or Path("results", images.name))
-            run = Run(arguments, images, folder, folder / "best.json")
-        elif not (folder / "run.json").exists():
-            raise RunError(f"{folder} holds no run.json: --no-model audits its predictions.csv")
-    elif not arguments.results:
-        raise RunError("--no-model looks at a folder alone: name it by --results DIR")
-    ok = verify_all(folder, run)
-    for path in (folder / "table.md", folder / "seeds.md"):
-        if path.exists():
-            print(f"\n{path.read_text(encoding='utf-8', errors='replace')}")
-    return ok
-
-
-def verify_all(folder: Path, run: Run | None) -> bool:
-    """Verify a folder, and those of its seeds; without `run`, models and data aside."""
-    ok = verify(folder, run)
-    for path in sorted(folder.iterdir()):
-        if re.fullmatch(r"seed-\d+", path.name):
-            ok &= verify(path, seed_run(run, int(path.name[5:])) if run else None)
-    return ok
+            if np.array_equal(first.ids, second.ids):
+                same = int((first.predicted == second.predicted).sum())
+                print(f"{same} of {len(first.ids)} predictions are those of {ours}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 refused, 130 interrupted."""
+    """Run a command line; return 0 done, 1 verify found faults, 2 refused, 130 interrupted."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"NOTE: {message}", file=sys.stderr)
-            return run_stages(parse(argv))
+            return 0 if carry_out(parse(argv)) else 1
     except KeyboardInterrupt:
-        end = "\n" * sys.stderr.isatty()  # of the line that a bar stands in
-        print(
-            f"{end}reproduce.py: interrupted; the same command goes on from here", file=sys.stderr
-        )
+        end = "\n" * sys.stdout.isatty()  # of the line that a bar stands in
+        print(f"{end}reproduce.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # what stdout went to, `| head` perhaps, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains at its exit
+    except BrokenPipeError:  # what read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return 2
+    except ERRORS as error:
+        message = str(error)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"reproduce.py: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        message = f"{error.filename or 'writing'}: {error.strerror or error}"
     except (MemoryError, model.torch.OutOfMemoryError) as error:
-        print(f"reproduce.py: error: out of memory ({str(error)[:100]!r})", file=sys.stderr)
-        return 2
-    except (
-        RunError,
-        data.DataError,
-        model.CheckpointError,
-        model.TrainingDivergedError,
-        hyperband.SearchError,
-        metrics.MetricsError,
-    ) as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
-        return 2
+        message = f"out of memory ({str(error)[:100]})"
+    print(f"reproduce.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
