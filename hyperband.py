@@ -1,7 +1,7 @@
 """Hyperband and successive halving, exact in integers, on the standard library alone.
 
 ``python hyperband.py 81 3`` prints the brackets for at most 81 epochs a trial and eta = 3;
-``python hyperband.py poster`` prints the poster's flow. In code::
+``python hyperband.py`` prints the poster's. In code::
 
     best = search(objective, {"learning_rate": LogUniform(1e-4, 1e-1)}, brackets(27), seed=0).best
 
@@ -12,25 +12,22 @@ to Hyperparameter Optimization", JMLR 18(185), 2018, Algorithm 1. Its letters, a
 - eta is `eta`, one in eta configurations survives a rung: 2 to 1,000,000;
 - s numbers the brackets, s_max = floor(log_eta(R)) down to 0; bracket s prunes s times;
 - n_i and r_i are a rung's ``configurations`` and ``resource``; r_i is cumulative.
-
-Whatever is wrong with an argument or a log is a `SearchError`.
 """
 
 import argparse
 import contextlib
 import copy
 import decimal
-import itertools
+import functools
 import json
 import math
-import operator
 import os
 import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +35,7 @@ from typing import Any, NamedTuple
 
 
 class SearchError(ValueError):
-    """The search cannot start or go on, its executor failed, or every trial of it failed."""
+    """Bad bounds, a damaged or foreign log, an executor that failed, or only failed trials."""
 
 
 # ---- schedule ------------------------------------------------------------------------------------
@@ -55,8 +52,8 @@ class Rung(NamedTuple):
 POSTER_BRACKET = [Rung(27, 1), Rung(9, 3), Rung(3, 9), Rung(3, 27)]
 
 
-def _check_integer(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+def _check_integer(name: str, value: int, least: int, most: int) -> None:
+    if not isinstance(value, int) or not least <= value <= most:
         raise SearchError(f"{name} must be an integer from {least} to {most}, not {value!r}")
 
 
@@ -106,11 +103,6 @@ class Choice:
 
     values: Sequence
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.values, Sequence) or not self.values:
-            raise SearchError(f"{self} needs a sequence of at least one value")
-        object.__setattr__(self, "values", tuple(self.values))
-
     def sample(self, rng: random.Random) -> Any:
         """Draw one value."""
         return self.values[int(rng.random() * len(self.values))]
@@ -122,9 +114,8 @@ class _Range:
     high: float
 
     def __post_init__(self) -> None:
-        numbers = all(isinstance(end, int | float) for end in (self.low, self.high))
-        if not numbers or not 0 <= self.high - self.low < math.inf:  # NaN is refused too
-            raise SearchError(f"{self} needs finite numbers, low <= high")
+        if not self.low <= self.high:
+            raise SearchError(f"{self} needs low <= high")
 
 
 @dataclass(frozen=True)
@@ -138,15 +129,7 @@ class Uniform(_Range):
 
 @dataclass(frozen=True)
 class IntUniform(_Range):
-    """An integer from `low` to `high`, both included."""
-
-    low: int
-    high: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.low, int) or not isinstance(self.high, int):
-            raise SearchError(f"{self} needs integers")
+    """An integer from `low` to `high` (integers), both included."""
 
     def sample(self, rng: random.Random) -> int:
         """Draw one integer."""
@@ -156,11 +139,6 @@ class IntUniform(_Range):
 @dataclass(frozen=True)
 class LogUniform(_Range):
     """A float from `low` to `high` (both above 0) whose logarithm is uniform."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.low <= 0:
-            raise SearchError(f"{self} needs low above 0")
 
     def sample(self, rng: random.Random) -> float:
         """Draw one float."""
@@ -192,68 +170,61 @@ class SearchResult(NamedTuple):
 
     best: Trial  # the lowest loss at the largest resource reached; the earlier trial of a tie
     trials: list[Trial]  # every finished trial, in the order of the schedule
-    resource: int  # spent in all, what an interrupted run of the same search spent included
 
 
-def _hyperband(space, schedule, seed, retrain, run, drop) -> SearchResult:
+def _hyperband(space, schedule, seed, retrain, recorded, run, drop) -> SearchResult:
     """Do Algorithm 1 with any schedule: the one loop of `search` and `replay`.
 
-    ``run(plans, previous)`` makes trials of a rung's plans, a plan being a trial's first five
-    fields; ``drop(trial)`` is called for each whose state on its rung nobody needs any more.
+    `recorded` is what `_read_log` returns. ``run(trials, plans, previous)`` completes a rung's
+    trials, of which the log had the first; a plan is a trial's first five fields.
+    ``drop(trial)`` is called for each whose state on its rung nobody needs any more.
     """
-    _check_integer("seed", seed, 0, 2**32 - 1)
-    rng, finished, spent, count = random.Random(seed), [], 0, 0
-    for b, rungs in enumerate(_checked(schedule)):  # for s in s_max .. 0
-        n, previous = rungs[0].configurations, 0
-        entrants = [(count + j, _draw(space, rng)) for j in range(n)]  # T
-        count += n
+    rng, lines, finished, count = random.Random(seed), iter(recorded), [], 0
+    for b, rungs in enumerate(schedule):  # for s in s_max .. 0
+        previous, entrants = 0, []
+        for _ in range(rungs[0].configurations):  # T
+            drawn = {name: sampler.sample(rng) for name, sampler in space.items()}
+            # As the log would give it back, so that a replayed trial is the same.
+            entrants.append((count, json.loads(json.dumps(drawn, allow_nan=False))))
+            count += 1
         for i, (_, r_i) in enumerate(rungs):
-            trials = run([(b, i, number, drawn, r_i) for number, drawn in entrants], previous)
+            plans = [(b, i, number, drawn, r_i) for number, drawn in entrants]
+            trials = run(_recall(lines, plans), plans, previous)
             finished += trials
-            spent += len(trials) * (r_i - previous)
             # T = top_k(T, L, n_(i+1)); what failed never goes on, so there may be fewer.
             last = i + 1 == len(rungs)
             k = 1 if last else rungs[i + 1].configurations
             good = [t for t in trials if t.loss is not None]
             top = sorted(good, key=lambda t: (t.loss, t.trial))[:k]
             entrants = [(t.trial, t.configuration) for t in top]
-            kept = {t.trial for t in top if last or not retrain}
             for t in trials:
-                if t.trial not in kept:
+                if t not in top or (retrain and not last):
                     drop(t)
             previous = 0 if retrain else r_i
+    for where, _ in lines:
+        raise SearchError(f"{where} belongs to another search, as this one ends a line before")
     good = [t for t in finished if t.loss is not None]
     if not good:
         raise SearchError(f"all {len(finished)} trials failed; the first: {finished[0].error}")
-    return SearchResult(min(good, key=lambda t: (-t.resource, t.loss, t.trial)), finished, spent)
+    best = min(good, key=lambda t: (-t.resource, t.loss, t.trial))
+    for t in finished:
+        if t.trial != best.trial:  # the other brackets' best
+            drop(t)
+    return SearchResult(best, finished)
 
 
-def _checked(schedule) -> list[list[Rung]]:
-    """Return the schedule, with rungs where one that was read from JSON has lists."""
-    try:
-        checked = [[Rung(*map(operator.index, rung)) for rung in rungs] for rungs in schedule]
-    except TypeError:
-        checked = []
-    if not checked or not all(
-        rungs
-        and min(map(min, rungs)) >= 1
-        and all(a[0] >= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(rungs))
-        for rungs in checked
-    ):
-        raise SearchError(
-            "a schedule is a list of brackets, a bracket a list of rungs (n, r), integers from 1 "
-            f"up, where n never grows and r never falls; not {schedule!r}"
-        )
-    return checked
-
-
-def _draw(space, rng) -> dict[str, Any]:
-    try:
-        configuration = {name: sampler.sample(rng) for name, sampler in space.items()}
-        # As the log would give it back, so that a replayed trial is the same.
-        return json.loads(json.dumps(configuration, allow_nan=False))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise SearchError(f"a space has samplers of JSON values by name, not {space}") from error
+def _recall(lines, plans) -> list[Trial]:
+    """Take the trials of these plans, or as many as are left, from a log's lines."""
+    trials = []
+    for plan, (where, trial) in zip(plans, lines, strict=False):
+        logged, planned = json.dumps(trial[:5]), json.dumps(plan)  # as text 1, 1.0, true differ
+        if logged != planned:
+            raise SearchError(
+                f"{where} belongs to another search or was changed: it has {logged}, this search "
+                f"{planned}; give this search another log"
+            )
+        trials.append(trial)
+    return trials
 
 
 # ---- search --------------------------------------------------------------------------------------
@@ -269,7 +240,7 @@ def search(
     folder: str | os.PathLike | None = None,
     retrain: bool = False,
     executor: Executor | None = None,
-    on_trial: Callable[[Trial, bool], None] | None = None,
+    on_trial: Callable[[Trial, bool], Any] = lambda trial, replayed: None,
 ) -> SearchResult:
     """Minimise `objective` over `space` by successive halving.
 
@@ -288,9 +259,9 @@ def search(
         Anything with ``.sample(random.Random)`` that gives JSON values, such as `Choice`; drawn in
         the mapping's order. A tuple becomes a list.
     schedule : sequence of brackets
-        Each a sequence of `Rung`: ``brackets(81)`` or ``[POSTER_BRACKET]``.
+        ``brackets(81)`` or ``[POSTER_BRACKET]``: in a bracket n never grows and r never falls.
     seed : int
-        Decides every configuration; 0 to 2**32 - 1.
+        Decides every configuration; 0 or more.
     log : path, optional
         One JSON line a finished trial: the fields of `Trial`. Where it holds lines already, the
         search replays them and continues after the last; a line that was cut off is dropped.
@@ -304,19 +275,17 @@ def search(
     executor : concurrent.futures.Executor, optional
         Runs the trials of a rung side by side; results and log do not depend on it. When the
         search ends early, trials that run are not waited for: end them before it goes on.
-    on_trial : callable, optional
+    on_trial : callable
         ``on_trial(trial, replayed)`` after every finished trial, in the order of the schedule.
 
     Raises
     ------
     SearchError
-        An argument is unfit, the log belongs to another search or is damaged, every trial failed,
-        or the executor did (a dead worker); after the last, the same call goes on from the log.
+        The log belongs to another search or is damaged, every trial failed, or the executor did
+        (a dead worker); after the last, the same call goes on from the log.
     OSError
         The log or a trial's state can't be written; here, too, the same call goes on.
     """
-    if not (executor is None or isinstance(executor, Executor)):
-        raise SearchError(f"executor must be a concurrent.futures.Executor, not {executor!r}")
     recorded = []
     if log is not None:
         log = Path(log)
@@ -325,8 +294,6 @@ def search(
             recorded, cut = _read_log(log)
             if cut:
                 os.truncate(log, log.stat().st_size - len(cut))
-    lines = enumerate(recorded, 1)
-    report = on_trial or (lambda trial, replayed: None)
 
     def folder_of(number: int, rung: int) -> Path:
         return Path(place, f"trial-{number:04d}" + (f"-rung-{rung}" if retrain and rung else ""))
@@ -334,76 +301,55 @@ def search(
     def drop(trial: Trial) -> None:
         shutil.rmtree(folder_of(trial.trial, trial.rung), ignore_errors=True)
 
-    def run(plans: list[tuple], previous: int) -> list[Trial]:
-        trials = _recall(log, lines, plans)
+    def run(trials: list[Trial], plans: list[tuple], previous: int) -> list[Trial]:
         for trial in trials:
-            report(trial, True)
+            on_trial(trial, True)
         plans = plans[len(trials) :]
-        calls = [(objective, drawn, previous, r, folder_of(n, i)) for _, i, n, drawn, r in plans]
-        with contextlib.closing(_outcomes(executor, calls)) as outcomes:
+        calls = [(drawn, previous, r, folder_of(n, i)) for _, i, n, drawn, r in plans]
+        # Closed, what has not begun is cancelled; to wait for what has would hold up Ctrl-C.
+        with contextlib.closing(_outcomes(objective, calls, executor)) as outcomes:
             for plan, outcome in zip(plans, outcomes, strict=True):
                 trial = Trial(*plan, *outcome)
                 if log is not None:
                     with log.open("a", encoding="utf-8", newline="\n") as file:
                         file.write(json.dumps(trial._asdict(), allow_nan=False) + "\n")
                 trials.append(trial)
-                report(trial, False)
+                on_trial(trial, False)
         return trials
 
     state = contextlib.nullcontext(folder)
     if folder is None:  # where a trial that is not waited for may still write
         state = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with state as place:
-        Path(place).mkdir(parents=True, exist_ok=True)
-        result = _hyperband(space, schedule, seed, retrain, run, drop)
-        _check_end(log, lines)
-        for trial in result.trials:
-            if trial.trial != result.best.trial:
-                drop(trial)  # the other brackets' best
-    return result
+        return _hyperband(space, schedule, seed, retrain, recorded, run, drop)
 
 
-def _outcomes(executor, calls) -> Iterator[tuple[float | None, float, str | None]]:
+def _outcomes(objective, calls, executor):
     """Yield what `_evaluate` returns for each call, in the order of the calls."""
-    if executor is None:
-        yield from (_evaluate(*call) for call in calls)
-        return
-    futures = []
+    each = map if executor is None else executor.map
     try:
-        for call in calls:
-            futures.append(executor.submit(_evaluate, *call))
-        for future in futures:
-            yield future.result()
+        yield from each(functools.partial(_evaluate, objective), calls)
     except OSError:
         raise
     except Exception as error:  # not the objective's: a dead worker, what does not pickle
         raise SearchError(
-            f"the executor failed ({_describe(error)}); "
-            "start the same search again, and it goes on from its log"
+            f"the executor failed: {error!r}; start the same search again to go on from its log"
         ) from error
-    finally:
-        for future in futures:
-            future.cancel()  # what has not begun; to wait for the others would hold up Ctrl-C
 
 
-def _evaluate(objective, configuration, previous, resource, folder):
+def _evaluate(objective, call):
     """Run one trial, maybe in another process; return its loss, seconds and error."""
-    folder.mkdir(exist_ok=True)
+    configuration, previous, resource, folder = call
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
         loss = float(objective(copy.deepcopy(configuration), previous, resource, folder))
-        error = None
-        if not math.isfinite(loss):
-            loss, error = None, f"the loss is {loss}"
+        error = None if math.isfinite(loss) else f"the loss is {loss}"
     except OSError:
         raise  # a full disk or a folder that is gone is no configuration's fault
     except Exception as exc:
-        loss, error = None, _describe(exc)
-    return loss, time.perf_counter() - started, error
-
-
-def _describe(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        error = repr(exc)
+    return None if error else loss, time.perf_counter() - started, error
 
 
 # ---- log -----------------------------------------------------------------------------------------
@@ -423,95 +369,63 @@ def replay(
     a SearchError, too, where the log ends before the search does.
     """
     recorded, _ = _read_log(Path(log))
-    lines = enumerate(recorded, 1)
 
-    def run(plans: list[tuple], previous: int) -> list[Trial]:
-        trials = _recall(log, lines, plans)
+    def run(trials: list[Trial], plans: list[tuple], previous: int) -> list[Trial]:
         if len(trials) < len(plans):
             raise SearchError(
-                f"{log}: after line {len(recorded)} the log ends before the search does; start the "
-                "same search again to finish it"
+                f"{log}: the log ends before the search does; start the same search again to finish"
             )
         return trials
 
-    result = _hyperband(space, schedule, seed, retrain, run, lambda trial: None)
-    _check_end(log, lines)
-    return result
+    return _hyperband(space, schedule, seed, retrain, recorded, run, lambda trial: None)
 
 
-def _read_log(log: Path) -> tuple[list[Trial], bytes]:
-    """Read the finished trials, and what a kill left of a last line."""
+def _read_log(log: Path) -> tuple[list[tuple[str, Trial]], bytes]:
+    """Read the finished trials, each with its place, and what a kill left of a last line."""
     *lines, cut = log.read_bytes().split(b"\n")
     if not cut.startswith(b'{"bracket": '[: len(cut)]):
         lines.append(b"")  # not ours: a wrong file, to be refused and left as it is
-    trials = []
+    recorded = []
     for number, line in enumerate(lines, 1):
+        where = f"{log}: line {number}"
         try:
             trial = Trial(**json.loads(line))
-            fit = trial.loss is None or abs(trial.loss) < math.inf  # NaN is not
-            fit &= isinstance(trial.error, str) == (trial.loss is None)
-            fit &= 0 <= trial.seconds < math.inf
-        except (ValueError, TypeError, RecursionError):
+            fit = trial.loss is None if trial.error else abs(trial.loss) < math.inf  # NaN is not
+            fit = fit and 0 <= trial.seconds < math.inf
+        except (ValueError, TypeError):  # no JSON, other fields, a value of another type
             fit = False
         if not fit:
             raise SearchError(
-                f"{log}: line {number} is damaged; remove it and the lines after it to run those "
-                "trials again"
+                f"{where} is damaged; remove it and the lines after it to run those trials again"
             )
-        trials.append(trial)
-    return trials, cut
-
-
-def _recall(log, lines, plans) -> list[Trial]:
-    """Take the trials of these plans, or as many as are left, from a log's numbered lines."""
-    trials = []
-    for plan, (number, trial) in zip(plans, lines, strict=False):
-        logged, planned = json.dumps(trial[:5]), json.dumps(plan)  # as text 1, 1.0, true differ
-        if logged != planned:
-            raise SearchError(
-                f"{log}: line {number} belongs to another search or was changed: it has {logged}, "
-                f"this search {planned}; give this search another log"
-            )
-        trials.append(trial)
-    return trials
-
-
-def _check_end(log, lines) -> None:
-    for number, _ in lines:
-        raise SearchError(
-            f"{log}: line {number} belongs to another search: this one ends a line before; "
-            "give this search another log"
-        )
+        recorded.append((where, trial))
+    return recorded, cut
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a schedule: ``hyperband.py R [ETA]`` or ``hyperband.py poster``."""
-    parser = argparse.ArgumentParser(prog="hyperband.py", description="Print Hyperband's brackets.")
+    """Print the brackets for R and eta, or the poster's."""
+    parser = argparse.ArgumentParser(
+        prog="hyperband.py", description="Print Hyperband's brackets, or the poster's without R."
+    )
     # One line, without the usage.
-    parser.error = lambda text: parser.exit(2, f"hyperband.py: error: {' '.join(text.split())}\n")
-    parser.add_argument("R", help="most epochs a trial may use, or the word poster")
+    parser.error = lambda text: parser.exit(2, f"hyperband.py: error: {text}\n")
+    parser.add_argument("R", nargs="?", type=int, help="most epochs a trial may use")
     parser.add_argument("eta", nargs="?", type=int, default=3, help="one in eta survives; 3")
     arguments = parser.parse_args(argv)
-    most, eta = arguments.R, arguments.eta
-    title, schedule = "the poster's bracket, R = 27, eta = 3", [POSTER_BRACKET]
-    if most != "poster":
+    schedule = [POSTER_BRACKET]
+    if arguments.R is not None:
         try:
-            schedule = brackets(int(most) if most.isdecimal() else most, eta)
-        except ValueError as error:  # int's, too: its limit is 4,300 digits
+            schedule = brackets(arguments.R, arguments.eta)
+        except SearchError as error:
             parser.error(str(error))
-        title = f"R = {most}, eta = {eta}"
-    table = "{:>3}{:>12}{:>12}   {}".format
-    lines = [f"Hyperband (Li et al., JMLR 18(185), 2018), {title}; the cost in epochs"]
-    lines += [table("s", "continuing", "retraining", "n@r: n configurations up to r epochs each")]
+    lines = [" s   epochs  retraining  n@r: n configurations up to r epochs each"]
     for rungs in schedule:
-        costs = total_resource(rungs), total_resource(rungs, retrain=True)
-        lines += [table(len(rungs) - 1, *costs, " -> ".join(f"{n}@{r}" for n, r in rungs))]
-    totals = [sum(total_resource(rungs, again) for rungs in schedule) for again in (False, True)]
-    n = sum(rungs[0].configurations for rungs in schedule)
-    lines += [table("all", *totals, f"{n} configurations")]
+        flow = " -> ".join(f"{n}@{r}" for n, r in rungs)
+        epochs, retraining = total_resource(rungs), total_resource(rungs, retrain=True)
+        lines.append(f"{len(rungs) - 1:2} {epochs:8} {retraining:11}  {flow}")
     try:
         print(*lines, sep="\n", flush=True)
     except BrokenPipeError:  # | head; else Python would complain of it at its exit

@@ -14,6 +14,7 @@ Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`;
 uint8, (N, H, W), or (N, H, W, C) with the network's C channels; labels are N integers from 0 to
 num_classes - 1; `device` and `precision` are strings, as for `resolve_device` and
 `resolve_precision`. What does not fit or is out of its range raises a ModelError of one line.
+PyTorch's global random state plays no part, and is left as it was.
 
 Sources: W. Deng and K. Zhu, "Medical Image Classification Model Based on CNN" (poster, BUPT, 2022)
 and the settings in their public repository dw-dengwei/PML_coursework; NephNet2D: A. Woloshuk et
@@ -25,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import hashlib
 import io
 import math
@@ -37,7 +37,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,34 +64,18 @@ class CheckpointError(ModelError):
 class Hyperparameters:
     """How a network is sized and trained; the defaults are the poster's printed values."""
 
-    num_features: int = 8
-    """Width of the first convolution, at least 1."""
-    batch_size: int = 128
-    """Images a step, at least 1."""
-    learning_rate: float = 0.025
-    """Initial learning rate, above 0."""
-    weight_decay: float = 0.004
-    """L2 penalty of every parameter, at least 0."""
-    momentum: float = 0.8
-    """SGD momentum, in [0, 1)."""
-    nesterov: bool = True
-    """Nesterov's form of it, for a momentum above 0; not printed, the authors' setting."""
-    dropout: float = 0.5
-    """Share of the hidden layer's outputs dropped, in [0, 1)."""
-    patience: int = 5
-    """Epochs without a better validation loss that the learning rate survives, at least 0."""
-    factor: float = 0.29
-    """What the learning rate is multiplied by then, in (0, 1)."""
-    epochs: int = 100
-    """Passes over the training images, at least 1; not printed, the axis of the curves."""
+    num_features: int = 8  # width of the first convolution, at least 1
+    batch_size: int = 128  # images a step, at least 1
+    learning_rate: float = 0.025  # the initial one, above 0
+    weight_decay: float = 0.004  # L2 penalty of every parameter, at least 0
+    momentum: float = 0.8  # in [0, 1)
+    nesterov: bool = True  # its Nesterov form; not printed, the authors' setting
+    dropout: float = 0.5  # share of the hidden layer's outputs dropped, in [0, 1)
+    patience: int = 5  # epochs without a better validation loss that the rate survives, at least 0
+    factor: float = 0.29  # what the rate is multiplied by then, in (0, 1)
+    epochs: int = 100  # at least 1; not printed, the axis of the curves
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if kind is float and type(value) is int:
-                object.__setattr__(self, field.name, value := float(value))
-            if type(value) is not kind or not math.isfinite(value):
-                raise ModelError(f"{field.name} must be a finite {kind.__name__}, not {value!r}")
         in_range = {
             "num_features": self.num_features >= 1,
             "batch_size": self.batch_size >= 1,
@@ -104,8 +88,9 @@ class Hyperparameters:
             "factor": 0 < self.factor < 1,
             "epochs": self.epochs >= 1,
         }
-        if wrong := [name for name, holds in in_range.items() if not holds]:
-            raise ModelError(f"{wrong[0]} {getattr(self, wrong[0])} is out of its range")
+        for name, holds in in_range.items():
+            if not holds:
+                raise ModelError(f"{name} {getattr(self, name)} is out of its range")
 
 
 POSTER = Hyperparameters()
@@ -115,15 +100,29 @@ AUTHORS = replace(POSTER, learning_rate=0.025336627337952815, weight_decay=0.004
 # ---- networks ------------------------------------------------------------------------------------
 
 
-class _Network(nn.Module):
-    """What `PosterCNN` and `NephNet2D` share; `config` has the arguments that `build` takes."""
+class PosterCNN(nn.Module):
+    """The poster's network: eight convolutions f, f, f, 2f, 2f, 4f, 8f, 16f, two dense layers.
 
-    widths: tuple[int, ...]  # of the 3x3 convolutions, in num_features
-    pooled: tuple[int, ...]  # those, counted from 1, that 2x2 average pooling follows
+    250,904 parameters at 8 features, 8 classes and 28x28 gray images. The hidden dense layer
+    and its dropout are the authors' code's; the figure leaves them out. Weights are initialised by
+    PyTorch's defaults, as theirs were.
+
+    Parameters
+    ----------
+    num_features : int
+        f, at least 1.
+    num_classes, in_channels, image_size : int
+        At least 2; 1 for gray images, 3 for RGB; height and width in pixels, at least 8.
+    dropout : float
+        Share of the hidden layer's outputs dropped while training, in [0, 1).
+    """
+
+    widths = (1, 1, 1, 2, 2, 4, 8, 16)  # of the 3x3 convolutions, in num_features
+    pooled = (4, 6, 7)  # those, counted from 1, that 2x2 average pooling follows
 
     def __init__(self, num_features=8, num_classes=8, in_channels=1, image_size=28, dropout=0.5):
         super().__init__()
-        self.config = {
+        self.config = {  # what `build` takes
             "network": type(self).__name__,
             "num_features": num_features,
             "num_classes": num_classes,
@@ -131,12 +130,8 @@ class _Network(nn.Module):
             "image_size": image_size,
             "dropout": dropout,
         }
-        least = {"num_features": 1, "num_classes": 2, "in_channels": 1, "image_size": 8}
-        for name, smallest in least.items():
-            if type(self.config[name]) is not int or self.config[name] < smallest:
-                raise ModelError(f"{name} must be an integer from {smallest} up")
-        if not 0 <= dropout < 1:
-            raise ModelError(f"dropout {dropout} is out of its range, [0, 1)")
+        if image_size < 8:
+            raise ModelError(f"images must be at least 8x8 pixels, not {image_size}x{image_size}")
         layers, channels = [], in_channels
         for i, width in enumerate(self.widths, 1):
             inputs, channels = channels, width * num_features
@@ -154,37 +149,19 @@ class _Network(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) float in [0, 1]
+        """Return a batch's logits."""
         return self.classifier(self.features(images))  # (B, num_classes) logits
 
 
-class PosterCNN(_Network):
-    """The poster's network: eight convolutions f, f, f, 2f, 2f, 4f, 8f, 16f, two dense layers.
-
-    250,904 parameters at 8 features, 8 classes and 28x28 gray images. The hidden dense layer
-    and its dropout are the authors' code's; the figure leaves them out. Weights are initialised by
-    PyTorch's defaults, as theirs were.
-
-    Parameters
-    ----------
-    num_features : int
-        f, at least 1.
-    num_classes, in_channels, image_size : int
-        At least 2; 1 for gray images, 3 for RGB; height and width in pixels, at least 8.
-    dropout : float
-        Share of the hidden layer's outputs dropped while training, in [0, 1).
-    """
-
-    widths, pooled = (1, 1, 1, 2, 2, 4, 8, 16), (4, 6, 7)
-
-
-class NephNet2D(_Network):
+class NephNet2D(PosterCNN):
     """The network that the poster's is based on: five convolutions f, 2f, 4f, 8f, 16f.
 
     Weights are Kaiming-normal and biases standard normal, as in its public code, which takes 64x64
-    images. Parameters are `PosterCNN`'s.
+    images. The rest is `PosterCNN`'s.
     """
 
-    widths, pooled = (1, 2, 4, 8, 16), (2, 3, 4)
+    widths = (1, 2, 4, 8, 16)
+    pooled = (2, 3, 4)
 
     def __init__(self, num_features=32, num_classes=8, in_channels=1, image_size=28, dropout=0.5):
         super().__init__(num_features, num_classes, in_channels, image_size, dropout)
@@ -197,20 +174,14 @@ class NephNet2D(_Network):
 NETWORKS = {"PosterCNN": PosterCNN, "NephNet2D": NephNet2D}
 
 
-def build(config: dict[str, Any], seed: int = 0) -> _Network:
-    """Build the network that `config` (a network's ``.config``) tells of, initialised by `seed`.
-
-    PyTorch's global random state is left as it was.
-    """
-    arguments = dict(config)
-    name = arguments.pop("network", "PosterCNN")
-    if name not in NETWORKS:
-        raise ModelError(f"no network named {name!r}; there are {', '.join(NETWORKS)}")
+def build(config: dict[str, Any], seed: int = 0) -> PosterCNN:
+    """Build the network that `config` (a network's ``.config``) tells of, initialised by `seed`."""
+    arguments = {"network": "PosterCNN", **config}
     try:
         with _seeded(seed, torch.device("cpu")):
-            return NETWORKS[name](**arguments)
-    except (TypeError, RuntimeError) as error:  # of an argument or a size that there cannot be
-        raise ModelError(f"{name} cannot be built: {_first_line(error)}") from None
+            return NETWORKS[arguments.pop("network")](**arguments)
+    except RuntimeError as error:  # PyTorch's, where memory does not suffice
+        raise ModelError(f"no such network can be built: {_first_line(error)}") from None
 
 
 @torch.inference_mode()
@@ -237,8 +208,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
         raise ModelError(f"no device {str(device)!r} here: {_first_line(error)}") from None
     return device
 
@@ -253,13 +224,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     ``auto`` is what pays on the hardware: fp16 on CUDA (the poster's Apex O1), bf16 on a CPU with
     instructions for it, else fp32: a CPU that has to emulate bf16 is ten times slower with it.
     """
-    if precision not in PRECISIONS:
-        raise ModelError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "fp16"
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has = torch.cpu.get_capabilities()
     return "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
 
@@ -277,7 +246,7 @@ _RANDOM = threading.RLock()
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch, and put the global random state back afterwards."""
+    """Seed PyTorch, and put its global random state back afterwards."""
     is_cuda = device.type == "cuda"
     with _RANDOM, torch.random.fork_rng(devices=[device] if is_cuda else []):
         torch.default_generator.manual_seed(seed)  # the CPU's; torch.manual_seed is every GPU's too
@@ -300,11 +269,12 @@ def one_thread() -> Iterator[None]:
 
 def environment(device="auto") -> dict[str, Any]:
     """Tell what results depend on beside the settings: PyTorch, device, threads."""
-    device, cpu = resolve_device(device), torch.cpu.get_capabilities().get("cpu_name", "")
+    device = resolve_device(device)
+    cpu_name = torch.cpu.get_capabilities().get("cpu_name", "")
     return {
         "torch": torch.__version__,
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -315,18 +285,17 @@ def _to_device(config, device, images, labels=None) -> tuple[Tensor, Tensor | No
     # PyTorch shares the memory of writable arrays alone; those of another process may not be.
     images = np.require(images, requirements=["C", "W"])
     size, channels, classes = config["image_size"], config["in_channels"], config["num_classes"]
-    shapes = [(size, size, channels), (size, size)][: 2 if channels == 1 else 1]
-    if images.dtype != np.uint8 or images.shape[1:] not in shapes or len(images) == 0:
-        raise ModelError(
-            f"{config['network']} takes uint8 images (N, {', '.join(map(str, shapes[-1]))}), N at "
-            f"least 1, not {images.dtype} {images.shape}"
-        )
+    if images.shape[3:] == (1,):
+        images = images[..., 0]
+    shape = (size, size) if channels == 1 else (size, size, channels)
+    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
+        given = f"{images.dtype} of {images.shape}"
+        raise ModelError(f"images must be uint8, one or more of {shape}, not {given}")
     images = torch.as_tensor(images).to(device)
     if labels is None:
         return images, None
     labels = np.asarray(labels)
-    fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not fits or labels.min() < 0 or labels.max() >= classes:
+    if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= classes:
         raise ModelError(f"labels must be {len(images)} integers from 0 to {classes - 1}")
     return images, torch.as_tensor(labels.astype(np.int64)).to(device)
 
@@ -342,17 +311,13 @@ def _as_input(images: Tensor) -> Tensor:  # (B, H, W) or (B, H, W, C) uint8
 class EpochRecord(NamedTuple):
     """One epoch of a training history; losses are mean cross-entropies, accuracies in [0, 1]."""
 
-    epoch: int
-    """Counted from 0, as in the authors' curves."""
-    learning_rate: float
-    """The one this epoch trained with."""
-    train_loss: float
-    """Over the images as they were trained on, dropout on; so is the accuracy."""
+    epoch: int  # counted from 0, as in the authors' curves
+    learning_rate: float  # the one this epoch trained with
+    train_loss: float  # over the images as they were trained on, dropout on; so is the accuracy
     valid_loss: float
     train_accuracy: float
     valid_accuracy: float
-    seconds: float
-    """Wall time, validation included."""
+    seconds: float  # wall time, validation included
 
 
 def fit(
@@ -383,11 +348,11 @@ def fit(
     hyperparameters : Hyperparameters
         Its `num_features` and `dropout` must be the network's.
     seed : int
-        Decides order and dropout. Both start afresh from (seed, epoch) at every epoch, so no random
-        state has to outlive one; PyTorch's global random state is left as it was.
+        Decides order and dropout, which start afresh from (seed, epoch) at every epoch: no random
+        state has to outlive one.
     compile : {"auto", "on", "off"}
-        As for `resolve_compile`. Where compiling fails, for want of a C++ compiler, a warning says
-        so and training runs without.
+        As for `resolve_compile`. Where compiling fails, for want of a C++ compiler perhaps, a
+        warning says so and training runs without.
     checkpoint : path, optional
         Written after every epoch. Where it exists, training continues from it, and ends as if it
         had never been interrupted; damaged or of another run, it raises a CheckpointError.
@@ -395,32 +360,29 @@ def fit(
         ``on_epoch(record)`` after every epoch, those of the checkpoint included;
         ``on_batch(epoch, images_done)`` after every training step.
     """
-    device, config = resolve_device(device), network.config
+    device, config, h = resolve_device(device), network.config, hyperparameters
     precision = resolve_precision(precision, device)
     for name in ("num_features", "dropout"):
-        if config[name] != (wanted := getattr(hyperparameters, name)):
-            raise ModelError(f"the network's {name} is {config[name]}, not the {wanted} to train")
+        if config[name] != (wanted := getattr(h, name)):
+            raise ModelError(f"{name} is {config[name]} in the network, {wanted} for training")
     train_images, train_labels = _to_device(config, device, train_images, train_labels)
     valid_images, valid_labels = _to_device(config, device, valid_images, valid_labels)
-    n, epochs = len(train_images), hyperparameters.epochs
-    batch_size = min(n, hyperparameters.batch_size)
-    if batch_size == 1 and config["image_size"] < 16:
-        raise ModelError("BatchNorm needs at least 2 images a batch below 16x16 pixels")
+    n, batch_size = len(train_images), min(len(train_images), h.batch_size)
 
     network.to(device).train()
     optimizer = torch.optim.SGD(
         network.parameters(),
-        lr=hyperparameters.learning_rate,
-        momentum=hyperparameters.momentum,
-        nesterov=hyperparameters.nesterov,
-        weight_decay=hyperparameters.weight_decay,
+        lr=h.learning_rate,
+        momentum=h.momentum,
+        nesterov=h.nesterov,
+        weight_decay=h.weight_decay,
         fused=device.type == "cuda",
     )
     # From zero: PyTorch's fused optimizer leaves it unset where the scaled loss overflows in the
     # very first step.
     for weights in network.parameters():
         optimizer.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
-    scheduler = _plateau(optimizer, hyperparameters)
+    scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = _autocast(device, precision)
 
@@ -430,7 +392,7 @@ def fit(
         return cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
 
     compiled = None
-    if resolve_compile(compile, config, n, epochs) == "on":
+    if resolve_compile(compile, config, n, h.epochs) == "on":
         batch = train_images[:batch_size], train_labels[:batch_size]
         compiled = _compiled(step, network, *batch, precision)
     # Convolutions are fastest in channels-last everywhere, but PyTorch's own BatchNorm takes five
@@ -439,33 +401,31 @@ def fit(
     network.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
 
     # What a checkpoint must have been made with; a finished training may go on for more epochs.
-    settings = asdict(replace(hyperparameters, epochs=1))
-    run = [config, settings, seed, precision, compiled is not None, n, len(valid_images)]
+    run = [config, asdict(replace(h, epochs=1)), seed, precision, compiled is not None]
+    run += [n, len(valid_images)]
     parts, history = [network, optimizer, scheduler, scaler], []
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _restore(checkpoint, run, parts, epochs)
+        history = _restore(checkpoint, run, parts, h.epochs)
     for record in history:
         if on_epoch:
             on_epoch(record)
 
-    for epoch in range(len(history), epochs):
+    for epoch in range(len(history), h.epochs):
         started, learning_rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), dtype=torch.int64, device=device)
-        done = 0
+        loss_sum = correct = done = 0
         network.train()
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
         # A backward pass must not see the caller's autocast either.
         with _seeded(int.from_bytes(digest[:8]) >> 1, device), _autocast(device, "fp32"):
             batches = list(torch.randperm(n).to(device).split(batch_size))
-            if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+            if len(batches[-1]) == 1 < batch_size:
                 batches[-2:] = [torch.cat(batches[-2:])]
             for batch in batches:  # (B,) indices
                 # Another size would be compiled anew: the last batch runs as it is.
                 run_step = compiled if compiled and len(batch) == batch_size else step
                 with autocast:
                     loss, hits = run_step(train_images[batch], train_labels[batch])
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
@@ -477,11 +437,9 @@ def fit(
                     on_batch(epoch, done)
         train_loss, train_accuracy = loss_sum.item() / n, correct.item() / n
         valid_loss, valid_accuracy = _evaluate(network, valid_images, valid_labels, precision)
-        if not (math.isfinite(train_loss) and math.isfinite(valid_loss)):
-            raise ModelError(
-                f"the loss became {train_loss} (validation {valid_loss}) in epoch {epoch} at "
-                f"learning rate {learning_rate:g}: try a smaller learning rate"
-            )
+        if not math.isfinite(train_loss + valid_loss):
+            lower = f"try a learning rate below {learning_rate:g}"
+            raise ModelError(f"the loss is not finite any more in epoch {epoch}: {lower}")
         scheduler.step(valid_loss)
         figures = train_loss, valid_loss, train_accuracy, valid_accuracy
         seconds = time.perf_counter() - started
@@ -494,15 +452,11 @@ def fit(
     return history
 
 
-def _plateau(optimizer, hyperparameters) -> ReduceLROnPlateau:
-    factor, patience = hyperparameters.factor, hyperparameters.patience
-    return ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience)
-
-
 def learning_rates(hyperparameters: Hyperparameters, valid_losses: Iterable[float]) -> list[float]:
     """Return the rate each epoch trained with, as `fit`'s scheduler makes it of these losses."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=hyperparameters.learning_rate)
-    scheduler, rates = _plateau(optimizer, hyperparameters), []
+    h, rates = hyperparameters, []
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=h.learning_rate)
+    scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
     for loss in valid_losses:
         rates.append(optimizer.param_groups[0]["lr"])
         scheduler.step(loss)
@@ -520,11 +474,9 @@ _COMPILE_FROM = 3e12
 def resolve_compile(compile: str, network_config: dict, num_images: int, epochs: int) -> str:
     """Say whether `torch.compile` fuses the training step: ``on`` or ``off``.
 
-    It changes nothing beyond rounding. ``auto`` is on where the whole training, done already or
-    not, so that a resumed one decides as before, is long enough to win the compiler's time back.
+    It changes nothing beyond rounding. ``auto`` is on where the whole training, a resumed one's
+    beginning included, is long enough to win the compiler's time back.
     """
-    if compile not in COMPILE:
-        raise ModelError(f"no compile {compile!r}; there are {', '.join(COMPILE)}")
     if compile != "auto":
         return compile
     macs = sum(row[3] for row in layer_table(build(network_config)))
@@ -572,38 +524,39 @@ def _compiled(step, network, images, labels, precision) -> Callable | None:
 # ---- validation and prediction -------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def _logits(network, images, precision) -> Iterator[Tensor]:
     """Yield the logits of images on the network's device, (B, num_classes) float32, by batches."""
-    layers: list[nn.Module] = []
-    with torch.inference_mode():
-        copied = copy.deepcopy(network.eval())
-        for layer in [*copied.features, *copied.classifier]:
-            if isinstance(layer, nn.BatchNorm2d):  # folded into the convolution before it
-                layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
-            else:
-                layers.append(layer)
-        folded = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    copied, layers = copy.deepcopy(network.eval()), []
+    for layer in [*copied.features, *copied.classifier]:
+        if isinstance(layer, nn.BatchNorm2d):  # folded into the convolution before it
+            layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
+        else:
+            layers.append(layer)
+    folded = nn.Sequential(*layers).to(memory_format=torch.channels_last)
     # Enough to keep a CPU's cores busy, few enough that their feature maps stay in its caches; and
     # on a GPU so many that starting the kernels takes less than they do.
     for batch in images.split(128 if images.device.type == "cpu" else 4096):
-        with torch.inference_mode(), _autocast(images.device, precision):
+        with _autocast(images.device, precision):
             logits = folded(_as_input(batch)).float()
         yield logits
 
 
 def _evaluate(network, images, labels, precision) -> tuple[float, float]:
-    loss_sum = torch.zeros((), dtype=torch.float64, device=images.device)
-    correct, done = torch.zeros((), dtype=torch.int64, device=images.device), 0
+    loss_sum = correct = done = 0
     for logits in _logits(network, images, precision):
         target = labels[done : done + len(logits)]
-        loss_sum += cross_entropy(logits, target, reduction="sum")
+        loss_sum += cross_entropy(logits, target, reduction="sum").double()
         correct += (logits.argmax(1) == target).sum()
         done += len(logits)
     return loss_sum.item() / done, correct.item() / done
 
 
 def evaluate(network, images, labels, *, device="auto", precision="auto") -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy, exactly as `fit` validates."""
+    """Return mean cross-entropy and accuracy as `fit` validates, in the `precision` given.
+
+    A network does not know in which one it was trained; ``auto`` is this machine's.
+    """
     device = resolve_device(device)
     images, labels = _to_device(network.config, device, images, labels)
     return _evaluate(network.to(device), images, labels, resolve_precision(precision, device))
@@ -618,7 +571,8 @@ def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
     device = resolve_device(device)
     images, _ = _to_device(network.config, device, images)
     parts, done = [], 0
-    with _true_float32() if device.type == "cuda" else contextlib.nullcontext():
+    # cuDNN's default is to round the factors of float32 products to TF32, of 10 bits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for logits in _logits(network.to(device), images, "fp32"):
             parts.append(logits)
             done += len(logits)
@@ -627,34 +581,22 @@ def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
     return torch.cat(parts).cpu()
 
 
-@contextlib.contextmanager
-def _true_float32() -> Iterator[None]:
-    """Keep GPUs from rounding the factors of float32 products to TF32, as cuDNN's default is."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        matmul.fp32_precision = before
-
-
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def save_network(network: _Network, path: str | os.PathLike) -> None:
+def save_network(network: PosterCNN, path: str | os.PathLike) -> None:
     """Write weights and `config` to `path`; the same weights are the same bytes."""
     _save({"config": network.config, "network": network.state_dict()}, path)
 
 
-def load_network(path: str | os.PathLike) -> _Network:
+def load_network(path: str | os.PathLike) -> PosterCNN:
     """Read a network that `save_network` wrote, onto the CPU; no code in the file is run."""
     try:
         content = _load(path)
         network = build(content["config"])
         network.load_state_dict(content["network"])
     except Exception as error:  # torch.load promises no type of error for a damaged file
-        raise ModelError(f"{path} is no saved network: {_first_line(error)}") from None
+        raise ModelError(f"{path} is no saved network ({_first_line(error)})") from None
     return network
 
 
@@ -662,20 +604,14 @@ def _restore(path: str | os.PathLike, run: list, parts: list, epochs: int) -> li
     """Load the states of a checkpoint of this very run; return its history."""
     try:
         content = _load(path)
-        if content["run"] != run:
-            raise ValueError(
-                "of another run (network, hyperparameters, seed, precision, compilation or number "
-                "of images differ)"
-            )
+        if content["run"] != run or len(content["history"]) > epochs:
+            raise ValueError("of another run: network, settings, epochs, precision or images")
         history = [EpochRecord(*record) for record in content["history"]]
-        if len(history) > epochs:
-            raise ValueError(f"it holds {len(history)} epochs, more than the {epochs} asked for")
         for part, state in zip(parts, content["states"], strict=True):
             part.load_state_dict(state)
     except Exception as error:  # as in load_network
-        raise CheckpointError(
-            f"checkpoint {path}: {_first_line(error)}: remove it to start again"
-        ) from None
+        why = _first_line(error)
+        raise CheckpointError(f"{path} is no checkpoint to go on from ({why}): remove it") from None
     return history
 
 
@@ -713,75 +649,51 @@ def _first_line(error: Exception) -> str:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def _print_layers(network: _Network) -> None:
-    """Print the poster's figure: a line a convolution or dense layer and what follows it."""
-    rows, lines = layer_table(network), []
+def _print_layers(network: PosterCNN) -> None:
+    rows = layer_table(network)
     parameters, macs = (sum(row[column] for row in rows) for column in (2, 3))
-    print(
-        f"{network.config['network']}: {parameters:,} parameters, "
-        f"{macs:,} multiply-accumulates (MACs) an image"
-    )
+    name = network.config["network"]
+    print(f"{name}: {parameters:,} parameters, {macs:,} multiply-accumulates (MACs) an image")
+    print(f"{'layer':<12}{'output':>10}{'parameters':>12}{'MACs':>10}")
     for name, shape, parameters, macs in rows:
-        if macs or name == "Flatten":
-            lines.append([name, shape, parameters, macs])
-        else:
-            names, _, parameters_before, macs = lines[-1]
-            lines[-1] = [f"{names} {name}", shape, parameters_before + parameters, macs]
-    print(f"{'layers':<34}{'output':>10}{'parameters':>12}{'MACs':>10}")
-    for names, shape, parameters, macs in lines:
-        output = f"{shape[0]}@{shape[1]}x{shape[2]}" if len(shape) == 3 else str(shape[0])
-        print(f"{names:<34}{output:>10}{parameters:>12,}{macs:>10,}")
+        print(f"{name:<12}{'x'.join(map(str, shape)):>10}{parameters:>12,}{macs:>10,}")
 
 
 def _apply(arguments: argparse.Namespace) -> None:
     """Write a network's classes and softmax probabilities of unlabelled images."""
-    if Path(arguments.output).exists():
-        raise ModelError(f"{arguments.output} exists: remove it or choose another file")
     network = load_network(arguments.model)
     try:
         with np.load(arguments.images, allow_pickle=False) as archive:
             images = archive["test_images" if "test_images" in archive else "images"]
-    except Exception as error:  # np.load promises no type of error either
+    except Exception as error:  # np.load promises no type of error for a damaged file
         why = _first_line(error)
         raise ModelError(f"{arguments.images}: no npz of test_images or images: {why}") from None
-    logits = predict(network, images, device=arguments.device)
-    predicted = logits.argmax(1).tolist()
-    if arguments.submission:
-        header, rows = ["Id", "Cell type"], enumerate(predicted)
-    else:
-        probabilities = logits.double().softmax(1).tolist()
-        header = ["id", "predicted", *(f"probability_{k}" for k in range(logits.shape[1]))]
-        rows = ([i, predicted[i], *row] for i, row in enumerate(probabilities))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    _write(text.getvalue().encode(), arguments.output)
+    logits = predict(network, images, device=arguments.device).double()  # (N, num_classes)
+    columns = np.arange(len(logits)), logits.argmax(1), logits.softmax(1)
+    header = ["id", "predicted", *(f"probability_{k}" for k in range(logits.shape[1]))]
+    text = io.BytesIO()
+    np.savetxt(text, np.column_stack(columns), "%.9g", ",", header=",".join(header), comments="")
+    _write(text.getvalue(), arguments.output)
     print(f"wrote {arguments.output}: {len(images):,} images")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"model.py: error: {message}\n")  # one line, without the usage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a network's layers, or apply a saved network; 0 done, 2 refused, 130 interrupted."""
-    parser = _Parser(prog="model.py", description="Print a network's layers, or apply a saved one.")
+    parser = argparse.ArgumentParser("model.py", description="Print or apply a network.")
     parser.add_argument("--network", choices=NETWORKS, default="PosterCNN")
-    for name in ("num-features", "num-classes", "in-channels", "image-size"):
-        parser.add_argument(f"--{name}", type=int, help="default: the network's own")
     apply = parser.add_subparsers(dest="command").add_parser("apply", help="to images, into a CSV")
+    # One line, without the usage.
+    parser.error = apply.error = lambda message: parser.exit(2, f"model.py: error: {message}\n")
     apply.add_argument("model", metavar="MODEL.pt", help="written by save_network")
     apply.add_argument("images", metavar="IMAGES.npz", help="with test_images, else images, uint8")
     apply.add_argument("output", metavar="OUT.csv", help="id, predicted class, probabilities")
-    apply.add_argument("--submission", action="store_true", help="the authors' Id,Cell type")
     apply.add_argument("--device", default="auto", help="default: a GPU where there is one")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "apply":
             _apply(arguments)
         else:
-            config = {k: v for k, v in vars(arguments).items() if v is not None}
-            _print_layers(build(config))
+            _print_layers(NETWORKS[arguments.network]())
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130

@@ -232,9 +232,9 @@ class Run:
     def check(self, stage: str, options: dict[str, Any]) -> None:
         """Raise RunError where the stage was begun with other options."""
         begun = self.record.get(stage, {}).get("options", options)
-        begun, options = ({**o, **o.get("hyperparameters", {})} for o in (begun, options))
+        begun, options = ({**o, **o.get("values", {})} for o in (begun, options))
         for name, value in options.items():
-            if name != "hyperparameters" and begun.get(name) != value:
+            if name != "values" and begun.get(name) != value:
                 raise RunError(
                     f"{self.folder}: {stage} was begun with {name} {shown(begun.get(name))}, not "
                     f"{shown(value)}: give that, choose another --results, or say --overwrite"
@@ -260,7 +260,7 @@ class Run:
 
     def drop(self, stage: str) -> None:
         """Forget a stage, then remove its files; before it, what follows from it."""
-        tuned = self.record.get("train", {}).get("options", {}).get("taken_from") == "tuned"
+        tuned = self.record.get("train", {}).get("options", {}).get("hyperparameters") == "tuned"
         for later in (*FOLLOWING.get(stage, ()), *["train"] * (tuned and stage == "tune")):
             self.drop(later)
         if self.record.pop(stage, None):
@@ -274,6 +274,8 @@ class Run:
         if self.options.overwrite:
             for stage in stages if self.record else FILES:
                 self.drop(stage)
+            for path in () if self.record else self.folder.glob("seed-*"):
+                remove(path)
         elif (self.folder / "SHA256SUMS").exists():
             # What was changed since must not be sealed again as if it were the run's own.
             for name, problem in changed_files(self.folder):
@@ -430,35 +432,35 @@ class Objective:
         # Copy on write: PyTorch shares no read-only array, and nothing writes to it.
         arrays = [np.load(self.arrays / f"{name}.npy", mmap_mode="c") for name in TUNING_ARRAYS]
         checkpoint = folder / "training.pt"
-
-        def fit() -> list[model.EpochRecord]:
-            return model.fit(
-                model.build(network, self.seed),
-                *arrays,
-                hyperparameters,
-                seed=self.seed,
-                device=self.device,
-                precision=self.precision,
-                compile="off",  # a trial is too short for it
-                checkpoint=checkpoint,
-            )
-
-        with model.one_thread():  # so that the loss does not depend on the number of workers
+        while True:
             try:
-                history = fit()
+                with model.one_thread():  # so that losses do not depend on the number of workers
+                    history = model.fit(
+                        model.build(network, self.seed),
+                        *arrays,
+                        hyperparameters,
+                        seed=self.seed,
+                        device=self.device,
+                        precision=self.precision,
+                        compile="off",  # a trial is too short for it
+                        checkpoint=checkpoint,
+                    )
+                return history[-1].valid_loss
             except model.CheckpointError:  # damaged, which is no fault of the configuration
                 checkpoint.unlink()
-                history = fit()
-        return history[-1].valid_loss
 
 
 def tuning_options(run: Run) -> dict[str, Any]:
     """Say what decides the search's outcome, beside the data."""
-    names = ("schedule", "max_resource", "eta", "retrain", "seed", "precision")
+    options = {"schedule": run.options.schedule}
+    if run.options.schedule == "hyperband":
+        options |= {"max_resource": run.options.max_resource, "eta": run.options.eta}
     return {
-        **{name: getattr(run.options, name) for name in names},
+        **options,
+        "retrain": run.options.retrain,
+        "seed": run.options.seed,
+        "precision": run.options.precision,
         "space": {name: repr(sampler) for name, sampler in SPACE.items()},
-        "images": TUNING_IMAGES,
     }
 
 
@@ -494,13 +496,12 @@ def tune(run: Run) -> None:
         if trial.rung > 0 and not retrain:
             epochs -= rungs[trial.rung - 1].resource
         lowest = min(lowest, math.inf if trial.loss is None else trial.loss)
-        outcome = trial.error or f"loss {trial.loss:.4f}"
-        progress(
-            epochs,
+        text = (
             f"{epochs}/{total} epochs, rung {rungs[trial.rung].configurations}@{trial.resource}, "
-            f"trial {trial.trial}: {outcome}, lowest {lowest:.4f}" + ", from the log" * replayed,
-            step=True,
         )
+        text += f"trial {trial.trial}: " + (trial.error or f"loss {trial.loss:.4f}")
+        text += f", lowest {lowest:.4f}" + ", from the log" * replayed
+        progress(epochs, text, step=True)
 
     network, device = run.network(model.POSTER), run.options.device
     objective = Objective(network, trials, seed, device, options["precision"])
@@ -548,8 +549,16 @@ def trial_executor(options: Namespace) -> Iterator[Executor | None]:
             pool.shutdown(cancel_futures=True)
 
 
+# Uncompiled training allocates its feature maps at each step; glibc's malloc by default gives such
+# large blocks back to the system at once, and the page faults cost 5 to 25 % of a trial's time.
+MALLOC = {"MMAP_THRESHOLD_": 2**32, "TRIM_THRESHOLD_": 2**32, "TOP_PAD_": 2**28}  # bytes
+
+
 def start_processes(count: int) -> ProcessPoolExecutor:
     """Start worker processes that never hear Ctrl-C and that end with this one."""
+    if platform.libc_ver()[0] == "glibc":
+        for name, size in MALLOC.items():
+            os.environ.setdefault(f"MALLOC_{name}", str(size))  # read at a process's start
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
     heard = None
     if hasattr(signal, "pthread_sigmask"):  # not on Windows; a new process inherits the mask
@@ -569,17 +578,14 @@ def end_with_parent() -> None:
 
 def dask_client(address: str) -> Any:
     """Join a Dask cluster, and give its workers the code of this program."""
-    try:
-        from distributed import Client
-    except ImportError:
-        raise RunError(
-            "--dask needs distributed: pip install -r requirements-cluster.txt"
-        ) from None
+    if importlib.util.find_spec("distributed") is None:
+        raise RunError("--dask needs distributed: pip install -r requirements-cluster.txt")
+    from distributed import Client
+
     client = Client(address, timeout=10, set_as_default=False)
     try:
-        for module in (data, model, hyperband, metrics):
-            client.upload_file(module.__file__)
-        client.upload_file(__file__)
+        for path in (data.__file__, model.__file__, hyperband.__file__, metrics.__file__, __file__):
+            client.upload_file(path)
     except Exception as error:  # whatever an import raises on a machine of the cluster
         client.close()
         raise RunError(
@@ -590,6 +596,9 @@ def dask_client(address: str) -> Any:
 
 
 # --------------------------------------------------------------------------------------- train
+
+
+NAMED = ("poster", "authors", "tuned")
 
 
 def read_hyperparameters(path: Path) -> model.Hyperparameters:
@@ -622,11 +631,12 @@ def training_options(run: Run) -> dict[str, Any] | None:
         return None
     images, compile = len(run.split.train), run.options.compile
     return {
-        "hyperparameters": asdict(chosen),
-        "taken_from": name if name in ("poster", "authors", "tuned") else str(Path(name).resolve()),
+        "hyperparameters": name if name in NAMED else str(Path(name).resolve()),
+        "epochs": chosen.epochs,
         "seed": run.options.seed,
         "precision": run.options.precision,
         "compile": model.resolve_compile(compile, run.network(chosen), images, chosen.epochs),
+        "values": asdict(chosen),
     }
 
 
@@ -635,18 +645,16 @@ def train(run: Run) -> None:
     options = training_options(run)
     if not run.begin("train", options):
         return
-    hyperparameters = model.Hyperparameters(**options["hyperparameters"])
+    hyperparameters = model.Hyperparameters(**options["values"])
     network = model.build(run.network(hyperparameters), options["seed"])
     epochs, images = hyperparameters.epochs, len(run.split.train)
     progress, last = Progress("train", epochs), ""
 
     def on_epoch(record: model.EpochRecord) -> None:
         nonlocal last
-        last = (
-            f"epoch {record.epoch + 1}/{epochs}, learning rate {record.learning_rate:.3g}, "
-            f"loss {record.train_loss:.4f}, validation {record.valid_loss:.4f}, "
-            f"accuracy {record.train_accuracy:.4f}, validation {record.valid_accuracy:.4f}"
-        )
+        last = f"epoch {record.epoch + 1}/{epochs}, learning rate {record.learning_rate:.3g}, "
+        last += f"loss {record.train_loss:.4f}, accuracy {record.train_accuracy:.4f}, validation "
+        last += f"{record.valid_loss:.4f}, {record.valid_accuracy:.4f}"
         progress(record.epoch + 1, last, step=True)
 
     history = model.fit(
@@ -672,8 +680,6 @@ def train(run: Run) -> None:
 
 def test(run: Run) -> None:
     """Apply model.pt to the test images; write predictions.csv and what follows from it."""
-    if not run.done("train"):
-        raise RunError(f"{run.folder} holds no trained network: run --stage train first")
     network = model.load_network(run.folder / "model.pt")
     run.drop("test")
     run.begin("test", {})
@@ -742,7 +748,7 @@ class NetworkClassifier:
 
     def __init__(self, run: Run, system: str, options: dict[str, Any]) -> None:
         self.run, self.options = run, options
-        self.hyperparameters = model.Hyperparameters(**options["hyperparameters"])
+        self.hyperparameters = model.Hyperparameters(**options["values"])
         if system == "NephNet2D":
             self.hyperparameters = replace(self.hyperparameters, num_features=32)
         config = run.network(self.hyperparameters, system)
@@ -795,12 +801,12 @@ def measure(run: Run, system: str, index: np.ndarray, options: dict[str, Any]) -
     """Train a system on some images and apply it; return what compare.csv has of it."""
     images, labels = run.part(index)
     test_images, test_labels = run.part(run.split.test)
-    hyperparameters = {**options["hyperparameters"], "epochs": 1}
+    brief = {**options, "values": {**options["values"], "epochs": 1}}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # Once on a few images, lest the libraries' own first steps be measured.
         few = slice(max(10, run.images.num_classes))
-        first = make_system(run, system, {**options, "hyperparameters": hyperparameters})
+        first = make_system(run, system, brief)
         first.fit(images[few], labels[few])
         first.predict(images[few])
         caught.clear()
@@ -828,7 +834,8 @@ def comparison_options(run: Run) -> dict[str, Any] | None:
     top = min(run.options.compare_max, len(run.split.train))
     first = 1_000 if top >= 5_000 else 100  # small data has to show its growth too
     series = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]
-    return {**options, "sizes": [n for n in series if first <= n <= top / 1.5] + [top]}
+    sizes = [n for n in series if first <= n <= top / 1.5] + [top]
+    return {**options, "compare_max": top, "sizes": sizes}
 
 
 def compare(run: Run) -> None:
@@ -859,13 +866,19 @@ def compare(run: Run) -> None:
     run.finish("compare", float(sum(column(path, "train_seconds", float))))
 
 
-def growth(rows: Sequence[dict[str, str]], name: str) -> float:
-    """Fit p of `name` = a * images ** p by least squares on logarithms; NaN for one size."""
-    points = [(float(row["training_images"]), float(row[name])) for row in rows]
-    logs = [(math.log(x), math.log(y)) for x, y in points if y > 0]
-    if len({x for x, _ in logs}) < 2:
-        return math.nan
-    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+def growth(path: Path) -> list[list[str]]:
+    """Fit p of cost = a * images ** p to compare.csv: a row a system, a column each of GROWING."""
+    header, cells = metrics.read_csv(path)
+    table = [dict(zip(header, row, strict=True)) for row in cells]
+    powers = []
+    for system in SYSTEMS:
+        rows = [row for row in table if row["system"] == system]
+        images = [math.log(float(row["training_images"])) for row in rows]
+        costs = [[math.log(float(row[name])) for row in rows] for name in GROWING]
+        if len(images) > 1:
+            slopes = (statistics.linear_regression(images, cost).slope for cost in costs)
+            powers.append([system, *(f"{slope:.2f}" for slope in slopes)])
+    return powers
 
 
 # ------------------------------------------------------------------------- figures and report
@@ -886,7 +899,8 @@ def figures(run: Run) -> None:
     target = run.folder / "figures"
     target.mkdir()
     for name, (draw, sources, _) in FIGURES.items():
-        if any((run.folder / source).exists() for source in sources):
+        partial = name == "growth" and not run.done("compare")
+        if not partial and any((run.folder / source).exists() for source in sources):
             over = name in ("roc", "history") and run.images is not None and comparable(run.about)
             draw(run.folder, target / name, **({"reference": POSTER} if over else {}))
     if run.images is not None:
@@ -917,102 +931,73 @@ def report_text(folder: Path, record: dict[str, Any]) -> str:
         f"{about['shape'][0]:,} images of {shape} pixels, {len(about['class_names'])} classes, MD5 "
         f"{about['md5']}. Split: {about['split']}, {sizes} for training / validation / test.",
     ]
+    interval = "95 % intervals: bootstrap over test images, DeLong's for AUC"
     for name, title in (
-        (
-            "table.csv",
-            "Results, with 95 % intervals (bootstrap over test images, DeLong's for AUC)",
-        ),
+        ("table.csv", f"Results ({interval})"),
         ("seeds.csv", "Several seeds"),
         ("per_class.csv", "Classes"),
         ("roc/auc.csv", "Area under each ROC curve, by raw logits and by softmax"),
     ):
         if (folder / name).exists():
             parts += [f"## {title}", csv_table(folder / name)]
-    if (folder / "compare.csv").exists():
-        parts += ["## KNN, SVM, NephNet2D and PosterCNN", *comparison_tables(folder)]
+    stages = [stage for stage in FILES if record.get(stage, {}).get("seconds") is not None]
+    if "compare" in stages:
+        powers = metrics.markdown_table(["system", *GROWING], growth(folder / "compare.csv"))
+        parts += ["## KNN, SVM, NephNet2D and PosterCNN"]
+        parts += [csv_table(folder / "compare.csv", last=len(SYSTEMS))]
+        parts += ["Exponent p of the growth n^p with the number n of training images:", powers]
     for name, (*_, caption) in FIGURES.items():
         if (folder / "figures" / f"{name}.png").exists():
             parts += [f"## {caption}", f"![{caption}](figures/{name}.png)"]
-    stages = [stage for stage in FILES if stage in record]
-    if not stages:
-        raise RunError(f"{folder} holds no results to report: run --stage all")
     rows = [["seconds", *(f"{record[stage]['seconds']:.1f}" for stage in stages)]]
-    for key in record[stages[0]]["environment"]:
+    for key in record[stages[0]]["environment"] if stages else ():
         rows.append([key, *(str(record[stage]["environment"].get(key)) for stage in stages)])
     parts += ["## The same again", "```bash\n" + "\n".join(commands(record)) + "\n```"]
     parts += ["## Environment", metrics.markdown_table(["", *stages], rows)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def csv_table(path: Path) -> str:
-    """Show a CSV file as a Markdown table, fractions to four digits."""
+def csv_table(path: Path, last: int | None = None) -> str:
+    """Show a CSV file, or its last rows, as a Markdown table, fractions to four digits."""
     header, rows = metrics.read_csv(path)
     fraction = re.compile(r"-?\d+\.\d+(e-?\d+)?")
+    rows = rows[-last:] if last else rows
     rows = [[f"{float(c):.4f}" if fraction.fullmatch(c) else c for c in row] for row in rows]
     return metrics.markdown_table(header, rows)
 
 
-def comparison_tables(folder: Path) -> list[str]:
-    """Show compare.csv's largest size, and how times and sizes grow up to it."""
-    header, cells = metrics.read_csv(folder / "compare.csv")
-    rows = [dict(zip(header, row, strict=True)) for row in cells]
-    top = max((int(row["training_images"]) for row in rows), default=0)
-    largest = [row for row in rows if int(row["training_images"]) == top]
-    shown = [[f"{float(row[key]):.4g}" for key in header[2:-1]] for row in largest]
-    shown = [
-        [row["system"], *texts, row["note"]] for row, texts in zip(largest, shown, strict=True)
-    ]
-    powers = []
-    for system in SYSTEMS:
-        mine = [row for row in rows if row["system"] == system]
-        powers.append([system, *(f"{growth(mine, name):.2f}" for name in GROWING)])
-    return [
-        f"After {top:,} training images:",
-        metrics.markdown_table(["system", *header[2:]], shown),
-        "Exponent p of the growth n^p with the number n of training images:",
-        metrics.markdown_table(["system", *GROWING], powers),
-    ]
-
-
 def commands(record: dict[str, Any]) -> list[str]:
     """Give the commands that do a run again, beside it, with every option resolved."""
-    about, seeds = record["data"], record.get("seeds")
-    seed = ["--split-seed", about["split_seed"]] if about["split"] == "poster" else []
-    folder = f"results/{about['name']}-again"
-    common = ["--data", about["source"], "--split", about["split"], *seed, "--results", folder]
+    about = record["data"]
+    common = {"data": about["source"], "split": about["split"]}
+    if about["split"] == "poster":
+        common["split_seed"] = about["split_seed"]
     lines = []
     for stage in ("tune", "train", "test", "compare"):
         if stage not in record:
             continue
-        options, flags = record[stage]["options"], []
-        for name in ("schedule", "precision", "compile"):
-            flags += [f"--{name}", options[name]] if name in options else []
-        if options.get("schedule") == "hyperband":
-            flags += ["--max-resource", options["max_resource"], "--eta", options["eta"]]
-        flags += ["--retrain"] if options.get("retrain") else []
-        if "hyperparameters" in options:
-            flags += ["--hyperparameters", options["taken_from"]]
-            flags += ["--epochs", options["hyperparameters"]["epochs"]]
-        if stage == "compare":
-            flags += ["--compare-max", options["sizes"][-1]]
-        if stage == "train" and seeds:
-            flags += ["--seeds", *seeds]
-        elif "seed" in options:
-            flags += ["--seed", options["seed"]]
-        words = ["python", "reproduce.py", "--stage", stage, *common, *flags]
-        lines.append(shlex.join(map(str, words)))
+        options = {
+            **common,
+            "results": f"results/{about['name']}-again",
+            **record[stage]["options"],
+        }
+        if stage == "train" and "seeds" in record:
+            options["seeds"] = options.pop("seed")
+        words = ["python", "reproduce.py", "--stage", stage]
+        for name, value in options.items():
+            if name == "seeds":
+                words += ["--seeds", *map(str, record["seeds"])]
+            elif value is True:
+                words.append(f"--{name}")
+            elif value is not False and not isinstance(value, dict | list):
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        lines.append(shlex.join(words))
     return lines
 
 
 # ----------------------------------------------------------------------------------- the audit
 
-ERRORS = (
-    RunError,
-    data.DataError,
-    model.ModelError,
-    hyperband.SearchError,
-    metrics.MetricsError,
-)
+LIBRARIES = (data.DataError, model.ModelError, hyperband.SearchError, metrics.MetricsError)
 # How far two machines may lie apart: logits, as a share of the largest; and the last epoch's
 # validation loss and accuracy, which are recomputed in fp32, by the precision of the training.
 LOGIT_TOLERANCE = 1e-4
@@ -1020,28 +1005,6 @@ VALIDATION_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
 ON_TRUST = "earlier epochs' losses, the trials' losses, seconds, compare.csv"
 
 Problems = Iterator[tuple[str, str]]  # (file, what is wrong with it)
-
-
-class Audit:
-    """Prints a line a group of checks, or a WRONG line each; each problem once."""
-
-    def __init__(self) -> None:
-        self.wrong: list[tuple[str, str]] = []
-
-    def group(self, name: str, what: str, problems: Problems) -> None:
-        """Print what a group of checks finds; `name` is the file that it has to read."""
-        try:
-            found = list(problems)
-        except FileNotFoundError as error:
-            found = [(Path(error.filename).name, "is missing")]
-        except (OSError, *ERRORS) as error:
-            found = [(name, str(error))]
-        new = [problem for problem in found if problem not in self.wrong]
-        for file, problem in new:
-            print(f"WRONG    {file} {problem}")
-        if not new:
-            print(f"{'-' if found else 'ok':<8} {what}" + ": not checked" * bool(found))
-        self.wrong += new
 
 
 def alike(a: str, b: str) -> bool:
@@ -1086,13 +1049,13 @@ def audit_search(folder: Path, options: dict[str, Any]) -> Problems:
     log, best = folder / "tuning.jsonl", folder / "best.json"
     schedule = brackets(options)
     result = hyperband.replay(log, SPACE, schedule, options["seed"], options["retrain"])
-    if best.read_text("utf-8") != best_text(result.best):
+    if best.read_bytes() != best_text(result.best).encode():
         yield "best.json", f"is not trial {result.best.trial}, the best of tuning.jsonl"
 
 
 def audit_training(folder: Path, home: Path, options: dict[str, Any]) -> Problems:
     """Replay the learning rates of history.csv; check the tuned hyperparameters."""
-    hyperparameters = model.Hyperparameters(**options["hyperparameters"])
+    hyperparameters = model.Hyperparameters(**options["values"])
     losses = column(folder / "history.csv", "valid_loss", float)
     stored = column(folder / "history.csv", "learning_rate")
     if len(losses) != hyperparameters.epochs:
@@ -1102,7 +1065,7 @@ def audit_training(folder: Path, home: Path, options: dict[str, Any]) -> Problem
         if not alike(a, str(b)):
             yield "history.csv", f"row {number}, column learning_rate: {a}, replayed {b}"
             break
-    if options["taken_from"] == "tuned":
+    if options["hyperparameters"] == "tuned":
         best = read_hyperparameters(home / "best.json")
         if replace(best, epochs=hyperparameters.epochs) != hyperparameters:
             yield "run.json", "train, hyperparameters: not those of best.json"
@@ -1112,7 +1075,7 @@ def audit_network(run: Run) -> Problems:
     """Check the last row of history.csv against model.pt and the validation images."""
     network = model.load_network(run.folder / "model.pt")
     options = run.record["train"]["options"]
-    expected = run.network(model.Hyperparameters(**options["hyperparameters"]))
+    expected = run.network(model.Hyperparameters(**options["values"]))
     if network.config != expected:
         yield "model.pt", f"is {shown(network.config)}, run.json tells of {shown(expected)}"
         return
@@ -1127,15 +1090,14 @@ def audit_predictions(run: Run) -> Problems:
     """Check predictions.csv against the split, the labels and model.pt."""
     read = metrics.read_predictions(run.folder / "predictions.csv")
     images, labels = run.part(run.split.test)
-    for name, stored, expected in (
-        ("id", read.ids, run.split.test),
-        ("label", read.labels, labels),
+    if len(read.ids) != len(labels):
+        yield "predictions.csv", f"has {len(read.ids)} rows, the test split {len(labels)}"
+        return
+    for name, stored, expected in zip(
+        ("id", "label"), read, (run.split.test, labels), strict=False
     ):
-        if not np.array_equal(stored, expected):
-            same = stored == expected if len(stored) == len(expected) else np.array([False])
-            row = int(np.argmin(same)) + 2
-            yield "predictions.csv", f"row {row}, column {name}: not the test split's"
-            return
+        for row in np.flatnonzero(stored != expected)[:1]:
+            yield "predictions.csv", f"row {row + 2}, column {name}: {stored[row]}, {expected[row]}"
     network = model.load_network(run.folder / "model.pt")
     logits = model.predict(network, images, device=run.options.device).numpy()
     if logits.shape != read.logits.shape:
@@ -1165,14 +1127,9 @@ def audit_report(folder: Path, record: dict[str, Any]) -> Problems:
             break
 
 
-def audit_sums(folder: Path, told: set[str]) -> Problems:
-    """Check SHA256SUMS; of a file whose fault was told already, say no more."""
-    if not (folder / "SHA256SUMS").exists():
-        yield "SHA256SUMS", "is missing: the last command did not end"
-        return
-    for name, problem in changed_files(folder):
-        if not {name, Path(name).name} & told:
-            yield name, problem
+def audit_seeds(folder: Path, seeds: Sequence[int]) -> Problems:
+    """Recompute how several seeds spread."""
+    yield from differences(folder, "seeds.csv", *seeds_table(folder, seeds))
 
 
 def audit_poster(folder: Path) -> Problems:
@@ -1199,58 +1156,80 @@ def audit_poster(folder: Path) -> Problems:
             yield "auc.csv", f"class {k}: {printed}, the curve gives {area:.4f}"
 
 
+def checks(folder: Path, home: Path, record: dict[str, Any], run: Run | None) -> Iterator[tuple]:
+    """Yield (file to be read, what is checked, problems) of each group of checks."""
+    ended = {stage for stage in FILES if record.get(stage, {}).get("seconds") is not None}
+    if run:
+        yield "run.json", "data and split are those of run.json", audit_data(run)
+    if "tune" in ended:
+        what = "the search's configurations, promotions and best.json follow from seed and losses"
+        yield "tuning.jsonl", what, audit_search(folder, record["tune"]["options"])
+    if "train" in ended:
+        what = "learning rates follow from the validation losses"
+        yield "history.csv", what, audit_training(folder, home, record["train"]["options"])
+    if run and "train" in ended:
+        what = "the last epoch's validation loss and accuracy are model.pt's"
+        yield "model.pt", what, audit_network(run)
+    if run and "test" in ended:
+        what = "predictions.csv has the split's ids, the data's labels and model.pt's logits"
+        yield "predictions.csv", what, audit_predictions(run)
+    if "test" in ended:
+        what = "table, confusion matrix, classes, ROC curves and AUCs follow from predictions.csv"
+        yield "predictions.csv", what, audit_tables(folder, record["data"])
+    if (folder / "seeds.csv").exists():
+        what = "seeds.csv follows from the seeds' predictions.csv"
+        yield "seeds.csv", what, audit_seeds(folder, record.get("seeds", []))
+    if (folder / "report.md").exists() and record:
+        yield "report.md", "report.md follows from the files", audit_report(folder, record)
+    if is_poster(folder):
+        what = "table and class ratios follow from the confusion matrix, AUCs from the curves"
+        yield "confusion.csv", what, audit_poster(folder)
+
+
 def audit(folder: Path, home: Path, images: data.ImageData | None, options: Namespace) -> bool:
-    """Check a results folder without training; tell whether all is as it should be.
+    """Check a results folder without training, and print a line a group of checks or a problem.
 
     Without `images` (``--no-model``), neither model.pt nor the data are looked at.
     """
     print(f"verify   {folder}")
-    audit, record = Audit(), {}
-    if is_poster(folder):
-        what = "table and class ratios follow from the confusion matrix, AUCs from the curves"
-        audit.group("confusion.csv", what, audit_poster(folder))
-    else:
-        try:
-            record = read_record(folder)
-            problem = "is missing: SHA256SUMS alone is checked"
-        except RunError as error:
-            problem = f"{error}: SHA256SUMS alone is checked"
+    unsealed = {"SHA256SUMS": "is missing: the last command did not end"}
+    changed = dict(changed_files(folder)) if (folder / "SHA256SUMS").exists() else unsealed
+    record, run, told = {}, None, set()
+    if not is_poster(folder):
+        with contextlib.suppress(RunError):
+            record = read_record(folder) if "run.json" not in changed else {}
         if not record:
-            audit.group("run.json", "", iter([("run.json", problem)]))
-    run = None
+            problem = changed.get("run.json", "is missing or damaged")
+            changed["run.json"] = f"{problem}: SHA256SUMS alone is checked"
     if record and images is not None:
-        known = {key: record["data"][key] for key in ("split", "split_seed")}
-        known |= {"data": record["data"]["source"], "overwrite": False}
+        about = record["data"]
+        known = {
+            "split": about["split"],
+            "split_seed": about["split_seed"],
+            "data": about["source"],
+        }
         run = Run(folder, images, Namespace(**{**vars(options), **known}))
-    ended = {stage for stage in FILES if record.get(stage, {}).get("seconds") is not None}
-    if run:
-        audit.group("run.json", "data and split are those of run.json", audit_data(run))
-    if "tune" in ended:
-        what = "the search's configurations, promotions and best.json follow from seed and losses"
-        audit.group("tuning.jsonl", what, audit_search(folder, record["tune"]["options"]))
-    if "train" in ended:
-        what = "learning rates follow from the validation losses"
-        problems = audit_training(folder, home, record["train"]["options"])
-        audit.group("history.csv", what, problems)
-        if run:
-            what = "the last epoch's validation loss and accuracy are model.pt's"
-            audit.group("model.pt", what, audit_network(run))
-    if "test" in ended:
-        if run:
-            what = "predictions.csv has the split's ids, the data's labels and model.pt's logits"
-            audit.group("predictions.csv", what, audit_predictions(run))
-        what = "table, confusion matrix, classes, ROC curves and AUCs follow from predictions.csv"
-        audit.group("predictions.csv", what, audit_tables(folder, record["data"]))
-    if "seeds" in record and (folder / "seeds.csv").exists():
-        table = seeds_table(folder, record["seeds"])
-        audit.group("seeds.csv", "", differences(folder, "seeds.csv", *table))
-    if record and (folder / "report.md").exists():
-        audit.group("report.md", "report.md follows from the files", audit_report(folder, record))
-    told = {name for name, _ in audit.wrong}
-    audit.group("SHA256SUMS", f"{len(files_in(folder))} files", audit_sums(folder, told))
+    for name, what, problems in checks(folder, home, record, run):
+        try:
+            found = set(problems)
+        except FileNotFoundError as error:
+            found = {(Path(error.filename).relative_to(folder).as_posix(), "is missing")}
+        except (OSError, RunError, *LIBRARIES) as error:
+            found = {(name, str(error))}
+        for file, problem in sorted(found - told):
+            print(f"WRONG    {file} {problem}")
+        if not found:
+            print(f"ok       {what}")
+        elif found <= told:
+            print(f"-        {what}: not checked")
+        told |= found
+    for name in changed.keys() - {name for name, _ in told}:
+        print(f"WRONG    {name} {changed[name]}")
+    if not changed:
+        print(f"ok       {len(files_in(folder))} files are as SHA256SUMS has them")
     if record:
         print(f"on trust {ON_TRUST}")
-    return not audit.wrong
+    return not (told or changed)
 
 
 def audit_all(folder: Path, images: data.ImageData | None, options: Namespace) -> bool:
@@ -1319,10 +1298,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--no-model", "verify", "verify without model and images", **flag)
 
     group = parser.add_argument_group("data")
-    text = (
-        f"digits; {', '.join(data.MEDMNIST)}; FILE.npz in MedMNIST's layout; default: auto, which "
-    )
-    text += "is what the folder was made from, else tissuemnist, without a network digits"
+    text = f"digits; {', '.join(data.MEDMNIST)}; FILE.npz in MedMNIST's layout; default: auto: "
+    text += "what the folder was made from, else tissuemnist, where there is no network digits"
     add("--data", any_stage, text, metavar="SOURCE", default="auto")
     add("--root", any_stage, "where downloads are kept", metavar="DIR", default="~/.medmnist")
     text, loading = "60/15/25 %% at random, or the file's own; default: poster", " ".join(STAGES)
@@ -1333,14 +1310,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     group = parser.add_argument_group("search")
     text = "the poster's one bracket, or Hyperband's; default: poster"
     add("--schedule", "all tune", text, choices=("poster", "hyperband"), default="poster")
-    most = {"type": number_from(1, 100_000), "metavar": "R"}
-    add(
-        "--max-resource",
-        "all tune",
-        "most epochs of a trial of Hyperband's: 81",
-        default=81,
-        **most,
-    )
+    text, most = "most epochs of a trial of Hyperband's: 81", {"type": number_from(1, 100_000)}
+    add("--max-resource", "all tune", text, default=81, metavar="R", **most)
     add("--eta", "all tune", "one in N survives a rung of Hyperband's: 3", default=3, **number)
     add("--retrain", "all tune", "train every rung from scratch, not from the last one", **flag)
     add("--workers", "all tune", "trials at a time; default: a core each, or 1 on a GPU", **number)
@@ -1435,14 +1406,13 @@ def carry_out(options: Namespace) -> bool:
         if options.stage == "figures":
             raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
         stages = tuple(stage for stage in stages if stage != "figures")
-    automatic = options.data == "auto"
     folder, images = open_data(options)
     if options.stage == "verify":
         return audit_all(folder, images, options)
     run = Run(folder, images, options)
     seeds = options.seeds or run.record.get("seeds", [])
     work = plan(run, seeds, stages)
-    runs = dict.fromkeys(one for one, _ in work)
+    runs = dict.fromkeys([run, *(one for one, _ in work)])
     print_plan(run, stages)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -1463,10 +1433,8 @@ def carry_out(options: Namespace) -> bool:
     print(f"files    {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
     if "test" in stages and not seeds:
         compare_with_reference(run)
-    if automatic and images is not None and images.name == "digits":
-        print(
-            "NOTE: these are scikit-learn's digits, for want of a network, not the poster's images"
-        )
+    if options.data == "auto" and images is not None and images.name == "digits":
+        print("NOTE: without a network these are scikit-learn's digits, not the poster's images")
     return well
 
 
@@ -1485,7 +1453,9 @@ def plan(run: Run, seeds: Sequence[int], stages: Sequence[str]) -> list[tuple[Ru
             "--overwrite"
         )
     if seeds and ("train" in run.record or run.record.get("seeds", seeds) != seeds):
-        raise RunError(f"{run.folder} holds a run of other seeds: choose another --results")
+        if not run.options.overwrite:
+            raise RunError(f"{run.folder} holds a run of other seeds: choose another --results")
+        run.record = {}
     common = [stage for stage in stages if not seeds or stage in ("tune", "compare")]
     work = [(run, stage) for stage in common]
     if seeds:
@@ -1495,6 +1465,8 @@ def plan(run: Run, seeds: Sequence[int], stages: Sequence[str]) -> list[tuple[Ru
         last = ["figures"] * ("figures" in each) + ["report"] * bool({"test", "report"} & {*each})
         work += [(run, stage) for stage in last]
     for one, stage in work:
+        if stage == "test" and not one.done("train") and "train" not in stages:
+            raise RunError(f"{one.folder} holds no trained network: run --stage train first")
         if stage in OPTIONS and not one.options.overwrite:
             options = OPTIONS[stage](one)
             if options is None and "tune" not in stages:
@@ -1535,15 +1507,10 @@ def print_plan(run: Run, stages: Sequence[str]) -> None:
 def compare_with_reference(run: Run) -> None:
     """Say how many predictions are those of our own run, which lies in results/reference."""
     ours = REFERENCE / run.about["name"]
-    with contextlib.suppress(RunError, OSError):
-        if read_record(ours).get("data", {}).get("md5") == run.about["md5"]:
-            first, second = (
-                metrics.read_predictions(folder / "predictions.csv")
-                for folder in (ours, run.folder)
-            )
-            if np.array_equal(first.ids, second.ids):
-                same = int((first.predicted == second.predicted).sum())
-                print(f"{same} of {len(first.ids)} predictions are those of {ours}")
+    if run.about == read_record(ours).get("data"):
+        paths = (folder / "predictions.csv" for folder in (ours, run.folder))
+        first, second = (metrics.read_predictions(path).predicted for path in paths)
+        print(f"{(first == second).sum()} of {len(first)} predictions are those of {ours}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1560,7 +1527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # what read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return 2
-    except ERRORS as error:
+    except (RunError, *LIBRARIES) as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'writing'}: {error.strerror or error}"

@@ -133,10 +133,12 @@ def check_kills(kills: int, rng: random.Random, scratch: Path) -> int:
             status, _ = killed([*words, str(folder)], after, at)
             done += status is None
         found = contents(folder) if status == 0 else {}
-        if found != expected or reproduce.main(["--stage", "verify", "--results", str(folder)]):
+        # Forked too: PyTorch's threads, once started here, would hang the next child.
+        status, _ = killed(["--stage", "verify", "--results", str(folder)], 1e6, None)
+        if found != expected or status != 0:
             different += 1
             names = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-            print(f"round {rounds}: status {status}, different: {sorted(names)}")
+            print(f"round {rounds}: verify says {status}, different: {sorted(names)}")
         shutil.rmtree(folder)
     print(f"{done} kills, {rounds} rounds, {different} with a difference")
     return different
@@ -180,6 +182,15 @@ def interrupt(folder: Path, stage: str, words: list[str]) -> None:
         model._save = save
 
 
+def alike(found: dict[str, str], expected: dict[str, str], name: str) -> bool:
+    """Compare folders, but for the damaged file: zip archives have bytes that say nothing.
+
+    Of a run.json without a checksum, the report repeats what it says of the environment.
+    """
+    aside = {name, "report.md"} if name == "run.json" else {name}
+    return all(found.get(n) == text for n, text in expected.items() if n not in aside)
+
+
 def check_damage(files: int, rng: random.Random, scratch: Path) -> int:
     """Damage so many files; return how many were wrongly taken."""
     words = ["--data", str(scratch / "tiny.npz"), *CHAIN, "--results"]
@@ -211,7 +222,7 @@ def check_damage(files: int, rng: random.Random, scratch: Path) -> int:
                 outcome = "refused"
             elif status == 1 and re.search(rf"WRONG .*{Path(name).name}", out):
                 outcome = "found by verify"
-            elif status == 0 and not last and contents(folder) == expected:
+            elif status == 0 and not last and alike(contents(folder), expected, name):
                 outcome = "no change"
             else:
                 outcome, wrong = "WRONG", wrong + 1

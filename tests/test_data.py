@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 import tracemalloc
+import unittest.mock
 import urllib.request
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
 
@@ -77,37 +78,31 @@ def test_splits_are_the_same_for_ever():
     ]
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(1797, (1078, 269, 450)), (7, (4, 1, 2))])
+@pytest.mark.parametrize(("n", "sizes"), [(1797, (1078, 269, 450)), (6, (3, 1, 2))])
 def test_a_small_set_is_split_whole(n, sizes):
     split = data.poster_split(n, seed=3)
     assert tuple(map(len, split)) == sizes
     assert sorted(np.concatenate(split)) == list(range(n))
     assert not np.array_equal(split.train, data.poster_split(n, seed=4).train)
-    assert [len(part) for part in data.tuning_split(split, 5)] == [4, 1, 0]
-
-
-def split_of(official, name="official"):
-    labels = np.zeros(16, np.int64)
-    return data.split(data.ImageData(None, labels, (), "cells", "", "", official), name)
+    assert [len(part) for part in data.tuning_split(split, 4)] == [3, 1, 0]
 
 
 SOME, NONE = np.arange(3), np.arange(0)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "official", "message"),
     [
-        (lambda: data.poster_split(5), "5 images are too few to split 60/15/25 %"),
-        (lambda: data.poster_split(100, -1), "seed -1: Seed must be between 0"),
-        (lambda: data.tuning_split(data.Split(SOME[:1], NONE, SOME)), "1 images are too few"),
-        (lambda: split_of(None), "cells has no official split"),
-        (lambda: split_of(dict(train=SOME, valid=NONE, test=SOME)), "cells has no official split"),
-        (lambda: split_of(None, "random"), "split 'random' is unknown"),
+        ("poster", None, "5 images are too few to split 60/15/25 %"),
+        ("official", None, "cells has no official split"),
+        ("official", data.Split(SOME, NONE, SOME), "cells has no official split"),
+        ("random", None, "split 'random' is unknown"),
     ],
 )
-def test_split_that_cannot_be(make, message):
+def test_split_that_cannot_be(name, official, message):
+    image_data = data.ImageData(None, np.zeros(5, np.int64), (), "cells", "", "", official)
     with pytest.raises(data.DataError, match=message):
-        make()
+        data.split(image_data, name)
 
 
 # ---- digits --------------------------------------------------------------------------------------
@@ -124,40 +119,22 @@ def test_digits():
     assert (digits.name, digits.official, digits.num_classes) == ("digits", None, 10)
     assert digits.labels.tolist() == original.target.tolist()
 
-    def taps(i):
-        """Bilinear, half-pixel centres, edge clamped, by the textbook and in fractions."""
-        position = Fraction(2 * i + 1, 2) * 8 / 28 - Fraction(1, 2)
-        low = position.numerator // position.denominator
-        weight = position - low
-        return [(1 - weight, min(max(low, 0), 7)), (weight, min(max(low + 1, 0), 7))]
-
-    def sample(image, y, x):
-        value = sum(v * w * int(image[r, c]) for v, r in taps(y) for w, c in taps(x))
-        return int(value * 255 / 16 + Fraction(1, 2))
-
-    expected = [[sample(original.images[0], y, x) for x in range(28)] for y in range(28)]
-    assert digits.images[0].tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("module", "load", "file"),
-    [
-        ("sklearn.datasets", lambda root: data.load("digits"), "requirements.txt"),
-        ("PIL", lambda root: data._decode([root], None), "requirements-figures.txt"),
-    ],
-)
-def test_a_missing_library(monkeypatch, tmp_path, module, load, file):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(data.DataError, match=f"pip install -r {file}$"):
-        load(tmp_path)
+    coarse = torch.tensor(original.images)[:, None]
+    fine = torch.nn.functional.interpolate(coarse, (28, 28), mode="bilinear")[:, 0].numpy()
+    assert np.array_equal(digits.images, np.floor(fine * 255 / 16 + 0.5 + 1e-9))  # halves up
 
 
 # ---- npz -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("shape", [(8, 8), (11, 11, 3)])
-@pytest.mark.parametrize("dtype", ["u1", ">i2", "<u8"])
+@pytest.mark.parametrize(
+    ("save", "shape", "dtype"),
+    [
+        (np.savez, (8, 8), "u1"),
+        (np.savez_compressed, (11, 11, 3), ">i2"),
+        (np.savez, (8, 8), "<u8"),
+    ],
+)
 def test_npz(tmp_path, save, shape, dtype):
     made = arrays(shape=shape)
     made |= {f"{part}_labels": made[f"{part}_labels"].astype(dtype) for part in data.PARTS}
@@ -199,54 +176,41 @@ def labels(*values):
 
 
 BAD_ARRAYS = [
-    (dict(drop=("val_images", "test_labels")), "2 arrays .* missing: test_labels, val_images"),
+    (dict(drop=("val_images",)), "not of MedMNIST's layout.*val_images is not a file"),
     (dict(train_images=np.zeros((8, 8, 8))), "train_images has dtype float64"),
     (dict(val_labels=np.zeros((4, 1))), "val_labels has dtype float64"),
     (dict(val_labels=np.zeros((4, 14), U8)), r"shape \(4, 14\), .* one label an image"),
     (dict(val_labels=np.array([0, 1, 2, 3], object)), "damaged.*Object arrays cannot be loaded"),
-    (dict(test_labels=np.zeros(5, U8)), r"test_images has shape .*, expected \(5, 8, 8\)"),
-    (dict(val_images=np.zeros((4, 9, 9), U8)), r"val_images has shape .*, expected \(4, 8, 8\)"),
-    (dict(val_images=np.zeros((4, 8, 8, 3), U8)), "val_images has shape"),
-    (dict(train_images=np.zeros((8, 8, 8, 4), U8)), "uint8 squares"),
-    (dict(train_images=np.zeros((8, 8, 9), U8)), "uint8 squares"),
+    (dict(test_images=np.zeros((1, 8, 8), U8)), "test has 1 images, but 4 labels"),
+    (dict(val_images=np.zeros((4, 9, 9), U8)), r"not of .*\(4,9,9\)"),
+    (dict(val_images=np.zeros((4, 8, 8, 3), U8)), r"not of .*\(4,8,8,3\)"),
+    (dict(train_images=np.zeros((8, 8, 8, 4), U8)), r"\(8, 8, 8, 4\), expected uint8 squares"),
+    (dict(train_images=np.zeros((8, 8, 9), U8)), "expected uint8 squares"),
     (dict(train_images=np.zeros((8, 7, 7), U8)), "at least 8 pixels"),
-    (labels(0, 1, -2, 3), "every class present.* found -2, 0, 1, 3"),
-    (labels(0, 1, 10**12, 3), "found 0, 1, 3, 1000000000000"),
-    (labels(1, 2, 3, 4), "found 1, 2, 3, 4"),
-    (labels(0, 0, 0, 0), "K at least 2; found 0"),
+    (labels(0, 1, -2, 3), r"every class present.* found are \[-2, 0, 1, 3\]"),
+    (labels(1, 2, 3, 4), r"found are \[1, 2, 3, 4\]"),
+    (labels(0, 0, 0, 0), r"K at least 2.* found are \[0\]"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_ARRAYS)
 def test_bad_arrays(tmp_path, changes, message):
     path = write(tmp_path / "bad.npz", **changes)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(data.DataError, match=f"^{path}: .*{message}"):
         data.load(path)
-    assert str(path) in str(error.value)
 
 
-def header(*shape):
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
-BAD_BYTES = [
-    (lambda whole: b"", "not an npz"),
-    (lambda whole: b"<html>\n</html>", "not an npz"),
-    (lambda whole: whole[:-50], "not an npz"),
-    (lambda whole: whole.replace(header(8, 8, 8), header(10**9, 100, 100)), "damaged"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_BYTES)
-def test_bad_bytes(tmp_path, change, message):
-    path = write(tmp_path / "two\nlines.npz")
+def test_bad_bytes(tmp_path):
+    path = write(tmp_path / "a.npz")
     content = path.read_bytes()
-    path.write_bytes(change(content))
-    assert path.read_bytes() != content
-    with pytest.raises(data.DataError, match=message) as error:
+    small, huge = b"(8, 8, 8), }".ljust(25), b"(1000000000, 100, 100), }"
+    assert small in content
+    path.write_bytes(content.replace(small, huge))
+    with pytest.raises(data.DataError, match="damaged, or too large for the memory"):
         data.load(path)
-    assert "\n" not in str(error.value)
+    path.write_text("<html></html>")
+    with pytest.raises(data.DataError, match="not an npz file"):
+        data.load(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -256,12 +220,9 @@ def test_damage_never_passes_and_never_escapes(tmp_path, save):
     refused = 0
     for i in range(400):
         damaged, at = bytearray(content), rng.randrange(len(content))
+        damaged[at] ^= 1 << rng.randrange(8)
         if i % 10 == 0:
             del damaged[at:]
-        elif i % 10 == 1:
-            damaged[at : at + 50] = rng.randbytes(50)
-        else:
-            damaged[at] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
             loaded = data.load(path)
@@ -287,19 +248,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_error(403)
 
     def do_GET(self):
-        server, content, status = self.server, self.server.content, 200
-        asked = self.headers.get("Range")
+        server, content, asked = self.server, self.server.content, self.headers.get("Range")
         server.asked.append(asked)
+        if server.mode == "404":
+            return self.send_error(404)
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if server.mode == "404" or start >= len(content):
-            return self.send_error(404 if server.mode == "404" else 416)
-        if server.mode == "redirect" and self.path != "/moved":
-            status, content = 302, b""
-        elif start and server.mode != "no Range":
-            status, content = 206, content[start:]
-        self.send_response(status)
+        resumed = start and server.mode != "no Range"
+        if resumed and start >= len(content):
+            return self.send_error(416)
+        content = content[start:] if resumed else content
+        self.send_response(206 if resumed else 200)
         self.send_header("Content-Length", len(content))
-        self.send_header("Location", "/moved")
         self.end_headers()
         stops = server.mode in ("cut", "stall")
         self.wfile.write(content[: len(content) // 2] if stops else content)
@@ -309,19 +268,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A server on 127.0.0.1 that has a small data set in TissueMNIST's place."""
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.content = write(tmp_path / "served.npz").read_bytes()
-    running.mode, running.asked, running.released = "plain", [], threading.Event()
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{running.server_port}/{{name}}.npz?d=1")
-    monkeypatch.setitem(data.MEDMNIST, "tissuemnist", hashlib.md5(running.content).hexdigest())
-    monkeypatch.setattr(data, "TISSUEMNIST_CLASSES", ("a", "b", "c", "d"))
-    yield running
-    running.released.set()
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    content = write(tmp_path / "served.npz").read_bytes()
+    monkeypatch.setitem(data.MEDMNIST, "tissuemnist", hashlib.md5(content).hexdigest())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.content, running.mode, running.asked = content, "plain", []
+        running.released = threading.Event()
+        monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{running.server_port}/{{name}}.npz?d=1")
+        threading.Thread(target=running.serve_forever, args=[0.01]).start()
+        yield running
+        running.released.set()
+        running.shutdown()
 
 
 @pytest.fixture
@@ -336,18 +292,15 @@ def part(target):
 
 
 @pytest.mark.parametrize("source", ["auto", "tissuemnist"])
-@pytest.mark.parametrize(("mode", "requests"), [("plain", 1), ("redirect", 2)])
-def test_download_once(server, target, source, mode, requests):
-    server.mode, calls = mode, []
+def test_download_once(server, target, source):
+    calls = []
     loaded = data.load(source, target.parent, progress=lambda *call: calls.append(call))
     assert target.read_bytes() == server.content
     assert list(target.parent.iterdir()) == [target]
     assert calls[-1] == (len(server.content), len(server.content))
     assert (loaded.name, loaded.source) == ("tissuemnist", str(target))
-    assert loaded.class_names == ("a", "b", "c", "d")
-    assert np.array_equal(data.load(source, target.parent).images, loaded.images)
     assert data.load(source, target.parent, download=False).md5 == loaded.md5
-    assert len(server.asked) == requests
+    assert len(server.asked) == 1
 
 
 def test_download_goes_on_after_a_cut(server, target):
@@ -378,82 +331,63 @@ def test_download_goes_on_after_a_kill(server, target, part):
     assert int(server.asked[1].strip("bytes=-")) > 10**6
 
 
-@pytest.mark.parametrize(("mode", "have"), [("no Range", 100), ("plain", 10**6)])
-def test_a_part_that_the_server_cannot_continue(server, target, part, mode, have):
-    server.mode = mode
-    part.write_bytes(server.content[:have])  # all of it: killed between last byte and new name
+def test_a_server_that_cannot_continue(server, target, part):
+    server.mode = "no Range"
+    part.write_bytes(bytes(100))
     data.load("tissuemnist", target.parent)
-    assert target.read_bytes() == server.content
-    assert len(server.asked) == 1
-
-
-@pytest.mark.parametrize("wrong", [lambda content: content + b"x", lambda content: bytes(100)])
-def test_a_wrong_part_is_removed(server, target, part, wrong):
-    part.write_bytes(wrong(server.content))
-    with pytest.raises(data.DataError, match=r"had MD5 .*, and was removed; run again"):
-        data.load("auto", target.parent)
-    data.load("auto", target.parent)
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_wrong_file_in_place(server, target, part):
-    target.write_bytes(server.content[:-1])
+def test_a_part_that_is_complete_or_too_long(server, target, part):
+    part.write_bytes(server.content)  # killed before it got its name
+    data.load("tissuemnist", target.parent)
+    assert list(target.parent.iterdir()) == [target]
+    part.write_bytes(server.content + b"more")
+    target.unlink()
+    with pytest.raises(data.DataError, match=r"MD5 .* was removed; run again"):
+        data.load("tissuemnist", target.parent)
+    data.load("tissuemnist", target.parent)
+
+
+def test_wrong_bytes_are_found(server, target, part):
+    part.write_bytes(bytes(100))
+    with pytest.raises(data.DataError, match=r"what arrived had MD5 .* was removed; run again"):
+        data.load("auto", target.parent)
+    data.load("auto", target.parent)
+    target.write_bytes(bytes(100))  # fetched by hand
     with pytest.raises(data.DataError, match=r"has MD5 .*: remove it and run again, or fetch"):
         data.load("auto", target.parent)
-    assert not server.asked
 
 
-@pytest.mark.parametrize("source", ["auto", "tissuemnist"])
 @pytest.mark.parametrize(
-    ("scheme", "mode", "message"),
-    [("http", "404", "404"), ("http", "damaged", "had MD5"), ("https", "plain", "SSL")],
+    ("scheme", "mode", "message"), [("http", "404", "404"), ("https", "plain", "SSL")]
 )
-def test_an_answer_is_no_missing_connection(
-    server, target, monkeypatch, source, scheme, mode, message
-):
-    server.mode, server.content = mode, bytes(100)
+def test_an_answer_is_no_missing_connection(server, target, monkeypatch, scheme, mode, message):
+    server.mode = mode
     monkeypatch.setattr(data, "URL", data.URL.replace("http", scheme))
-    url = data.URL.format(name="tissuemnist")
-    with pytest.raises(data.DataError, match=message) as error:
-        data.load(source, target.parent)
-    assert f"fetch {url} by hand to {target} (MD5 " in str(error.value)
-    assert "--data digits" in str(error.value)
-    assert not list(target.parent.iterdir())
+    by_hand = re.escape(f"fetch {data.URL.format(name='tissuemnist')} by hand to {target} (MD5 ")
+    with pytest.raises(data.DataError, match=f"{message}.*{by_hand}"):
+        data.load("auto", target.parent)
 
 
-def refused(server, monkeypatch, unreachable):
+@pytest.mark.parametrize(("tunnel", "why"), [(False, "refused"), (True, "403")])
+def test_no_connection(unreachable, server, tmp_path, capsys, monkeypatch, tunnel, why):
     monkeypatch.setattr(data, "URL", unreachable)
-
-
-def unresolved(server, monkeypatch, unreachable):
-    def fail(*_args, **_kwargs):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-
-
-def no_tunnel(server, monkeypatch, unreachable):
-    monkeypatch.delenv("no_proxy")
-    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(data, "URL", "https://host.invalid/{name}.npz")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "why"), [(refused, "refused"), (unresolved, "not known"), (no_tunnel, "403")]
-)
-def test_no_connection(unreachable, server, target, monkeypatch, spoil, why):
-    spoil(server, monkeypatch, unreachable)
-    with pytest.warns(UserWarning, match=f"digits stand in for TissueMNIST: .*{why}") as caught:
-        assert data.load("auto", target.parent).name == "digits"
-    assert len(caught) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if tunnel:  # through a proxy that opens none
+        monkeypatch.delenv("no_proxy")
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(data, "URL", "https://host.invalid/{name}.npz")
+    with pytest.warns(UserWarning, match=f"digits stand in for TissueMNIST: .*{why}"):
+        assert data.main([]) == 0
+    assert "name      digits" in capsys.readouterr().out
     with pytest.raises(data.DataError, match=f"{why}.* by hand"):
-        data.load("breastmnist", target.parent)
+        data.load("breastmnist")
 
 
-@pytest.mark.parametrize("source", ["auto", "tissuemnist"])
-def test_download_off(server, target, source):
-    with pytest.raises(data.DataError, match="downloading is off; fetch"):
-        data.load(source, target.parent, download=False)
+def test_download_off(server, target):
+    with pytest.raises(data.DataError, match="downloading is off: fetch"):
+        data.load("auto", target.parent, download=False)
     assert not server.asked
 
 
@@ -489,29 +423,26 @@ def folder_of(place, labels, digits=6, suffix="png"):
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [("png", 0), ("JPEG", 3)])
-def test_convert_two_folders_as_the_authors_did(tmp_path, suffix, tolerance):
+def test_convert_two_folders_as_the_authors_did(tmp_path, capsys, suffix, tolerance):
     train = folder_of(tmp_path / "train", LABELS, 6, suffix)
     test = folder_of(tmp_path / "test", {10: 1, 9: 2}, 1, suffix)
     (train / "._000003.png").touch()  # as macOS leaves them
-    calls = []
-    data.convert(train, test, tmp_path / "cells.npz", lambda *call: calls.append(call))
-    assert calls[-1] == (7, 7)
-    loaded = data.load(tmp_path / "cells.npz")
+    path = tmp_path / "cells.npz"
+    assert data.main(["convert", str(train), str(test), str(path)]) == 0
+    assert "official  4 train, 1 valid, 2 test" in capsys.readouterr().out
+    loaded = data.load(path)
     shuffled = np.random.RandomState(0).permutation([3, 7, 12, 50, 100])
-    for index, ids in zip(
-        data.split(loaded, "official"), (shuffled[:4], shuffled[4:], [9, 10]), strict=True
-    ):
+    parts = shuffled[:4], shuffled[4:], [9, 10]
+    for index, ids in zip(data.split(loaded, "official"), parts, strict=True):
         assert loaded.labels[index].tolist() == [(LABELS | {10: 1, 9: 2})[i] for i in ids]
         difference = loaded.images[index].astype(int) - pixels_of(ids)
         assert np.abs(difference).max() <= tolerance
-    with np.load(tmp_path / "cells.npz") as npz:
-        assert (npz["val_labels"].dtype, npz["val_labels"].shape) == (U8, (1, 1))
 
 
 def test_convert_one_folder_as_the_poster_is_split(tmp_path):
     train = folder_of(tmp_path / "train", {i: i % 2 for i in range(20)})
     shutil.move(train / "labels.csv", tmp_path / "labels.csv")  # beside the folder
-    data.convert(train, None, tmp_path / "cells.npz")
+    assert data.main(["convert", str(train), str(tmp_path / "cells.npz")]) == 0
     loaded = data.load(tmp_path / "cells.npz")
     assert [len(part) for part in data.split(loaded, "official")] == [12, 3, 5]
     assert np.array_equal(loaded.images, pixels_of(np.concatenate(data.poster_split(20))))
@@ -541,27 +472,24 @@ def image(name, size=(28, 28), mode="L"):
 
 
 BAD_FOLDERS = [
-    (shutil.rmtree, "no such folder"),
-    (lambda folder: [file.unlink() for file in folder.glob("*.png")], "no .jpg, .jpeg or .png"),
-    (lambda folder: (folder / "000003.png").unlink(), "1 rows of labels.csv have no image: 3"),
-    (relabel(LABELS | {i: 0 for i in range(20, 30)}), r"10 rows .* image: 20, 21, 22, \.\.\."),
-    (relabel({3: 0, 7: 1, 50: 2}), "2 images have no row in labels.csv: 12, 100"),
-    (image("03.png"), "1 ids are there more than once: 3"),
-    (image("cell3.png"), "1 image names are not an integer id: cell3.png"),
-    (text(b"Id,Cell type\n3,0\n03,1\n"), "labels.csv: 1 ids are there more than once: 3"),
-    (text(b"Id,Cell type\nx,1\n"), "Id,Cell type of integers expected: .*'x'"),
-    (text(b"Id,Cell type\n3,1.5\n"), "integers expected: .*'1.5'"),
-    (text(b"Id,Cell type\n3\n"), "integers expected: .* at row 1"),
-    (text(b"Id,Cell type\n\xff\xfe"), "integers expected: 'utf-8' codec"),
-    (text(b"id,label\n3,1\n"), "integers expected: 'Id' is not in list"),
-    (relabel(LABELS | {3: -1}), "every class present.* found -1, 0, 1, 2"),
-    (relabel(LABELS, name="more.csv"), "one CSV expected .* found labels.csv, more.csv"),
+    (shutil.rmtree, "train: no folder, or no .jpg, .jpeg or .png"),
+    (lambda folder: (folder / "000003.png").unlink(), "1 have not, .* 3 with 0 images and 1 rows"),
+    (relabel({3: 0, 7: 1, 50: 2}), "2 have not, such as 12 with 1 images and 0 rows"),
+    (image("03.png"), "1 have not, such as 3 with 2 images and 1 rows"),
+    (relabel(LABELS, columns="Id,Cell type\n3,1"), "1 have not, .* 3 with 1 images and 2 rows"),
+    (image("cell3.png"), "names must be integer ids: .*'cell3'"),
+    (text(b"Id,Cell type\n3,1.5\n"), "labels.csv: columns Id,Cell type of integers .*'1.5'"),
+    (text(b"Id,Cell type\n3\n"), "of integers expected"),
+    (text(b"Id,Cell type\n\xff\xfe"), "of integers expected: .*'utf-8'"),
+    (text(b"id,label\n3,1\n"), "of integers expected: .*'Id'"),
+    (relabel(LABELS | {3: -1}), r"every class present.* found are \[-1, 0, 1, 2\]"),
+    (relabel(LABELS, name="more.csv"), "one CSV expected .* found .*labels.csv, .*more.csv"),
     (lambda folder: (folder / "labels.csv").unlink(), "one CSV expected .* found none"),
     (lambda folder: (folder / "000003.png").write_bytes(b"x"), "000003.png: not a readable"),
-    (lambda folder: os.truncate(folder / "000012.png", 50), "1 images are damaged.*000012.png"),
-    (image("000012.png", mode="I;16"), "1 images are .* not 28x28 pixels of 8 bits"),
-    (image("000012.png", (14, 56)), "1 images are .* not 28x28 pixels of 8 bits .*000012.png"),
-    (image("000003.png", (28, 30)), "000003.png has .* expected uint8 squares"),
+    (lambda folder: os.truncate(folder / "000012.png", 50), "000012.png: not a readable"),
+    (image("000012.png", mode="I;16"), "000012.png: not a readable 8-bit"),
+    (image("000012.png", (14, 56)), "000012.png has .* expected uint8 squares"),
+    (image("000012.png", (14, 14)), r"12.png has \(14, 14\) pixels, .*03.png \(28, 28\)"),
 ]
 
 
@@ -570,97 +498,57 @@ def test_bad_folder(tmp_path, spoil, message):
     train = folder_of(tmp_path / "train", LABELS)
     test = folder_of(tmp_path / "test", {9: 1, 2: 2})
     spoil(train)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(data.DataError, match=message):
         data.convert(train, test, tmp_path / "cells.npz")
-    assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
 def test_convert_leaves_nothing_on_a_full_disk(tmp_path, monkeypatch):
     train = folder_of(tmp_path / "train", LABELS)
-
-    def full(file, **_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
+    fail = OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "savez", unittest.mock.Mock(side_effect=fail))
     with pytest.raises(OSError, match="No space left"):
         data.convert(train, train, tmp_path / "cells.npz")
     assert list(tmp_path.iterdir()) == [train]
 
 
-@pytest.mark.parametrize("name", ["there.npz", "train"])
-def test_convert_overwrites_nothing(tmp_path, name):
+def test_convert_overwrites_nothing(tmp_path):
     (tmp_path / "there.npz").write_bytes(b"mine")
-    with pytest.raises(data.DataError, match=r"expected a new file whose name ends in \.npz"):
-        data.convert(tmp_path, None, tmp_path / name)
+    with pytest.raises(data.DataError, match=r"there\.npz exists already"):
+        data.convert(tmp_path, None, tmp_path / "there.npz")
     assert (tmp_path / "there.npz").read_bytes() == b"mine"
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def test_main(tmp_path, capsys):
-    path = write(tmp_path / "cells.npz")
-    assert data.main([str(path)]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert out.splitlines() == [
-        "name      cells",
-        f"source    {path}",
-        f"md5       {hashlib.md5(path.read_bytes()).hexdigest()}",
-        "images    16, 8x8 pixels, grey",
-        "poster    9 train, 3 valid, 4 test",
-        "official  8 train, 4 valid, 4 test",
-        *(f"class {k}          4  25.0%  class {k}" for k in range(4)),
-    ]
-
-
-def test_main_converts(tmp_path, capsys):
-    train = folder_of(tmp_path / "train", LABELS)
-    assert data.main(["convert", str(train), str(train), str(tmp_path / "cells.npz")]) == 0
-    assert "official  4 train, 1 valid, 5 test" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["digit"], "digit: no such file; a source is auto, digits, FILE.npz, .*"),
-        (["."], r"\. is a folder: convert it first \(python data.py convert \. OUT.npz\)"),
-        (["a", "b"], "usage: .*"),
-        (["convert", "a"], "usage: .*"),
-        (["convert", "a", "b.npz"], "a: no such folder"),
-        (["--help-me"], "unrecognized arguments: --help-me"),
+        (["digit"], "digit: no such file; a source is auto, digits, one of tissuemnist, .*"),
+        (["."], r"\.: no such file; .*folders of images, `python data.py convert` makes one\)"),
+        (["a", "b"], "expected .*"),
+        (["convert", "a"], "expected .*"),
+        (["convert", "a", "b.npz"], "a: no folder, .*"),
+        (["digits"], "import of sklearn.*"),
     ],
 )
-def test_main_errors_are_one_line(capsys, words, message):
-    try:
-        status = data.main(words)
-    except SystemExit as exit_:
-        status = exit_.code
+def test_main_errors_are_one_line(capsys, monkeypatch, words, message):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert data.main(words) == 2
     out, err = capsys.readouterr()
-    assert (status, out) == (2, "")
+    assert out == ""
     assert re.fullmatch(rf"data\.py: error: {message}\n", err)
 
 
-def test_main_without_a_connection(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.main([]) == 0
-    out, err = capsys.readouterr()
-    assert re.fullmatch(r"data\.py: warning: the digits stand in for .* refused\n", err)
-    assert "1,797" in out
-
-
 def test_main_interrupted(monkeypatch):
-    def interrupt(*_args, **_kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "load", interrupt)
+    monkeypatch.setattr(data, "load", unittest.mock.Mock(side_effect=KeyboardInterrupt))
     assert data.main(["digits"]) == 130
 
 
 def test_alone_in_an_empty_folder(tmp_path):
     shutil.copy(data.__file__, tmp_path / "data.py")
-    write(tmp_path / "cells.npz")
+    path = write(tmp_path / "cells.npz")
 
     def run(*words, stdout=subprocess.PIPE):
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -669,7 +557,15 @@ def test_alone_in_an_empty_folder(tmp_path):
 
     shown = run("data.py", "cells.npz")
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert "poster    9 train, 3 valid, 4 test" in shown.stdout
+    assert shown.stdout.splitlines() == [
+        "name      cells",
+        "source    cells.npz",
+        f"md5       {hashlib.md5(path.read_bytes()).hexdigest()}",
+        "images    uint8 (16, 8, 8)",
+        "poster    9 train, 3 valid, 4 test",
+        "official  8 train, 4 valid, 4 test",
+        *(f"class {k}          4  25.0%  class {k}" for k in range(4)),
+    ]
     imported = run("-c", "import data, sys; print({'sklearn', 'PIL', 'torch'} & {*sys.modules})")
     assert imported.stdout == "set()\n"
     reader, writer = os.pipe()
