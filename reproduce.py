@@ -272,9 +272,10 @@ class Run:
         """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
         self.folder.mkdir(exist_ok=True)
         if self.options.overwrite:
-            for stage in stages if self.record else FILES:
+            anew = self.images is not None and not self.record  # another run, or nobody knows what
+            for stage in FILES if anew else stages:
                 self.drop(stage)
-            for path in () if self.record else self.folder.glob("seed-*"):
+            for path in self.folder.glob("seed-*") if anew else ():
                 remove(path)
         elif (self.folder / "SHA256SUMS").exists():
             # What was changed since must not be sealed again as if it were the run's own.

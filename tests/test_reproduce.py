@@ -387,6 +387,15 @@ def test_a_comparable_run_is_drawn_over_the_poster(finished, tiny, monkeypatch):
         assert "poster" in (finished / "figures" / f"{name}.svg").read_text()
 
 
+def test_the_posters_figures_are_drawn_again(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = Path(shutil.copytree(reproduce.POSTER, tmp_path / "poster"))
+    before = reproduce.files_in(folder)
+    run("--stage", "figures", "--results", folder, "--overwrite")
+    assert reproduce.files_in(folder) == before
+    assert verify(capsys, folder) == (0, [])
+
+
 def test_the_posters_folder_agrees_with_itself(tmp_path, capsys):
     folder = Path(shutil.copytree(reproduce.POSTER, tmp_path / "poster"))
     assert verify(capsys, folder) == (0, [])
