@@ -76,6 +76,9 @@ class Hyperparameters:
     epochs: int = 100  # at least 1; not printed, the axis of the curves
 
     def __post_init__(self) -> None:
+        for name in ("num_features", "batch_size", "patience", "epochs"):
+            if type(getattr(self, name)) is not int:
+                raise ModelError(f"{name} must be an integer, not {getattr(self, name)!r}")
         in_range = {
             "num_features": self.num_features >= 1,
             "batch_size": self.batch_size >= 1,
@@ -365,6 +368,7 @@ def fit(
     for name in ("num_features", "dropout"):
         if config[name] != (wanted := getattr(h, name)):
             raise ModelError(f"{name} is {config[name]} in the network, {wanted} for training")
+    # (N, H, W) or (N, H, W, C) uint8, and (N,) int64
     train_images, train_labels = _to_device(config, device, train_images, train_labels)
     valid_images, valid_labels = _to_device(config, device, valid_images, valid_labels)
     n, batch_size = len(train_images), min(len(train_images), h.batch_size)
@@ -387,7 +391,7 @@ def fit(
     autocast = _autocast(device, precision)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of a batch, and how many of it are classified correctly."""
+        """Return a batch's mean loss, and how many of it are classified correctly: scalars."""
         logits = network(_as_input(images))  # (B, num_classes)
         return cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
 
@@ -420,7 +424,7 @@ def fit(
             batches = list(torch.randperm(n).to(device).split(batch_size))
             if len(batches[-1]) == 1 < batch_size:
                 batches[-2:] = [torch.cat(batches[-2:])]
-            for batch in batches:  # (B,) indices
+            for batch in batches:  # (B,) int64, indices
                 # Another size would be compiled anew: the last batch runs as it is.
                 run_step = compiled if compiled and len(batch) == batch_size else step
                 with autocast:
@@ -553,9 +557,9 @@ def _evaluate(network, images, labels, precision) -> tuple[float, float]:
 
 
 def evaluate(network, images, labels, *, device="auto", precision="auto") -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy as `fit` validates, in the `precision` given.
+    """Return mean cross-entropy and accuracy as `fit` validates.
 
-    A network does not know in which one it was trained; ``auto`` is this machine's.
+    `precision` is the caller's to give: a network does not know in which it was trained.
     """
     device = resolve_device(device)
     images, labels = _to_device(network.config, device, images, labels)
@@ -651,9 +655,9 @@ def _first_line(error: Exception) -> str:
 
 def _print_layers(network: PosterCNN) -> None:
     rows = layer_table(network)
-    parameters, macs = (sum(row[column] for row in rows) for column in (2, 3))
-    name = network.config["network"]
-    print(f"{name}: {parameters:,} parameters, {macs:,} multiply-accumulates (MACs) an image")
+    total, macs = sum(row[2] for row in rows), sum(row[3] for row in rows)
+    name = type(network).__name__
+    print(f"{name}: {total:,} parameters, {macs:,} multiply-accumulates (MACs) an image")
     print(f"{'layer':<12}{'output':>10}{'parameters':>12}{'MACs':>10}")
     for name, shape, parameters, macs in rows:
         print(f"{name:<12}{'x'.join(map(str, shape)):>10}{parameters:>12,}{macs:>10,}")
@@ -669,8 +673,10 @@ def _apply(arguments: argparse.Namespace) -> None:
         why = _first_line(error)
         raise ModelError(f"{arguments.images}: no npz of test_images or images: {why}") from None
     logits = predict(network, images, device=arguments.device).double()  # (N, num_classes)
-    columns = np.arange(len(logits)), logits.argmax(1), logits.softmax(1)
-    header = ["id", "predicted", *(f"probability_{k}" for k in range(logits.shape[1]))]
+    columns, header = [np.arange(len(logits)), logits.argmax(1)], ["Id", "Cell type"]
+    if not arguments.submission:
+        columns.append(logits.softmax(1))
+        header = ["id", "predicted", *(f"probability_{k}" for k in range(logits.shape[1]))]
     text = io.BytesIO()
     np.savetxt(text, np.column_stack(columns), "%.9g", ",", header=",".join(header), comments="")
     _write(text.getvalue(), arguments.output)
@@ -687,6 +693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     apply.add_argument("model", metavar="MODEL.pt", help="written by save_network")
     apply.add_argument("images", metavar="IMAGES.npz", help="with test_images, else images, uint8")
     apply.add_argument("output", metavar="OUT.csv", help="id, predicted class, probabilities")
+    apply.add_argument("--submission", action="store_true", help="the authors' Id,Cell type alone")
     apply.add_argument("--device", default="auto", help="default: a GPU where there is one")
     arguments = parser.parse_args(argv)
     try:

@@ -1080,7 +1080,8 @@ def audit_network(run: Run) -> Problems:
     if network.config != expected:
         yield "model.pt", f"is {shown(network.config)}, run.json tells of {shown(expected)}"
         return
-    measured = model.evaluate(network, *run.part(run.split.valid), device=run.options.device)
+    images, labels = run.part(run.split.valid)
+    measured = model.evaluate(network, images, labels, device=run.options.device, precision="fp32")
     for name, value in zip(("valid_loss", "valid_accuracy"), measured, strict=True):
         stored = column(run.folder / "history.csv", name, float)[-1]
         if not abs(stored - value) <= VALIDATION_TOLERANCE[options["precision"]]:

@@ -7,13 +7,13 @@ and of the ratios. Where compiling fails, a warning on stderr says that a row is
 """
 
 import argparse
-import functools
 import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import joblib
@@ -48,8 +48,8 @@ def pair(options, *calls):
 def row(what, ours, theirs, target="", *, inverse=False):
     """Return a row's cells, of seconds (pairs,); the ratio is theirs / ours, or ours / theirs."""
     ratios = ours / theirs if inverse else theirs / ours
-    ratio = f"{np.median(ratios):.3g} ({ratios.min():.3g} to {ratios.max():.3g})"
-    return what, f"{np.median(ours):.3g}", f"{np.median(theirs):.3g}", ratio, target
+    ratio = f"{np.median(ratios):.4g} ({ratios.min():.4g} to {ratios.max():.4g})"
+    return what, f"{np.median(ours):.4g}", f"{np.median(theirs):.4g}", ratio, target
 
 
 def random_images(n, size=28):
@@ -67,13 +67,13 @@ def save_random(path, n, size=28):
 
 
 def elsewhere(function, *arguments):
-    """Give a call of it in a process of its own, as the textbook's user would run it: in ours it
-    would gain a fifth by the heap that a compiler has grown, which spares it page faults."""
+    # In a process of its own, as its user would run it: in ours the textbook would gain a fifth by
+    # the heap that a compiler has grown, which spares it thousands of page faults a step.
     process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     return lambda: process.submit(function, *arguments).result()
 
 
-@functools.cache
+@cache
 def textbook(device, precision):
     """Give data, network and what trains it as a tutorial has them."""
     images, labels = random_images(50_000)
@@ -105,10 +105,9 @@ def textbook_epoch(options, num_train, num_valid):
 
 def convolutions(options, steps):
     """Give what runs the network's convolutions forward and backward, and nothing else."""
-    like = {"device": options.device, "dtype": DTYPES[options.precision]}
-    like["memory_format"] = torch.channels_last
-    layers, x = [], torch.randn(128, 1, 28, 28).to(**like)
-    for layer in model.build({}).to(**like).features:
+    like = {"dtype": DTYPES[options.precision], "memory_format": torch.channels_last}
+    layers, x = [], torch.randn(128, 1, 28, 28).to(options.device, **like)
+    for layer in model.build({}).to(options.device, **like).features:
         if isinstance(layer, torch.nn.Conv2d):
             inputs = [x.requires_grad_()] if layers else []  # the images themselves need none
             layers.append((layer, x, [*layer.parameters(), *inputs]))
@@ -137,13 +136,12 @@ def train(options, compile, num_train, num_valid, *others):
 
 
 def step(options):
-    steps = 390 if options.device.type == "cuda" else 100
-    bare = convolutions(options, steps)
+    steps = 390 if options.device.type == "cuda" else 100  # an epoch; a validation comes on top
     for compile, least, most in (("on", "at least 1.6", "at most 1.2"), ("off", "", "")):
-        ours, theirs, alone = train(options, compile, 128 * steps, 2, bare) / steps
+        times = train(options, compile, 128 * steps, 2, convolutions(options, steps)) / steps
         what = f"training step, compile {compile}: "
-        yield row(what + "textbook / ours", ours, theirs, least)
-        yield row(what + "ours / convolutions alone", ours, alone, most, inverse=True)
+        yield row(what + "textbook / ours", *times[:2], least)
+        yield row(what + "ours / convolutions alone", *times[::2], most, inverse=True)
 
 
 def epoch(options):
@@ -165,9 +163,8 @@ def search(options):
         save_random(Path(folder, "random.npz"), 1000, size=16)
         command = [sys.executable, reproduce.__file__, "--stage", "tune", "--overwrite", "--device"]
         command += ["cpu", "--data", "random.npz", "--results", "run", "--workers"]
-        tune = functools.partial(subprocess.run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        last = [str(cores)], ["1"], ["1", "--retrain"]
-        calls = [functools.partial(tune, command + words) for words in last]
+        tune = partial(subprocess.run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        calls = [partial(tune, command + w) for w in ([str(cores)], ["1"], ["1", "--retrain"])]
         ours, one, again = pair(options, *calls)
     what = "the poster's search on 1,000 images of 16x16: "
     yield row(f"{what}one worker / {cores}", ours, one, "at least 1.3")
@@ -177,10 +174,9 @@ def search(options):
 def test(options):
     rng, labels = np.random.RandomState(0), np.arange(50_000) % 8
     logits = (rng.randn(50_000, 8) + np.eye(8)[labels]).astype(np.float32)
-    predicted = logits.argmax(1)
+    predicted, matrix = logits.argmax(1), metrics.confusion(labels, logits.argmax(1), 8)
     predictions = metrics.Predictions(np.arange(50_000), labels, predicted, logits)
     about = {"md5": "", "split": "poster", "class_names": [*"01234567"], "test_counts": [6250] * 8}
-    matrix = metrics.confusion(labels, predicted, 8)
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
@@ -213,23 +209,23 @@ def load(options):
         times = pair(options, lambda: data.load(path), lambda: dict(np.load(path)))
         peak = elsewhere(peak_memory, path)()
     yield row("loading an npz like TissueMNIST's: ours / np.load alone", *times, inverse=True)
-    yield "peak memory of that and the split / bytes of the images", "", "", f"{peak:.3g}", ""
+    yield "peak memory of that and the split / bytes of the images", "", "", f"{peak:.4g}", ""
 
 
 def peak_memory(path):
     status = Path("/proc/self/status")  # Linux; getrusage's peak has the parent process's in it
-    before, images = status.read_text().split(), data.load(path)
+    before, images = status.read_text(), data.load(path)
     data.split(images, "poster", 0)
-    after = status.read_text().split()
-    kilobytes = int(after[after.index("VmHWM:") + 1]) - int(before[before.index("VmRSS:") + 1])
-    return kilobytes * 1024 / images.images.nbytes
+    sizes = before.split("VmRSS:")[1], status.read_text().split("VmHWM:")[1]
+    low, high = (1024 * int(size.split()[0]) for size in sizes)
+    return (high - low) / images.images.nbytes
 
 
 def gpu(options):
     if options.device.type == "cuda":  # two CPU cores take an hour
         images = *random_images(120_000), *random_images(30_000)
         took = timed(lambda: model.fit(model.build({}), *images, precision=options.precision))
-        yield "the poster's 100 epochs of 120,000 + 30,000", f"{took:.3g}", "", "", "under 60 s"
+        yield "the poster's 100 epochs of 120,000 + 30,000", f"{took:.4g}", "", "", "under 60 s"
 
 
 def main():

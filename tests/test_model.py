@@ -133,8 +133,10 @@ def test_a_network_is_its_layers_written_out(name, size, channels):
     with torch.no_grad():
         expected = functional.linear(out, last, last_bias)
         torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4)
+    before = weights(network)
     rows = model.layer_table(network.train())
     assert network.training
+    assert same(weights(network), before)
     assert sum(row[3] for row in rows) == macs + hidden.numel() + last.numel()
     assert sum(row[2] for row in rows) == sum(p.numel() for p in network.parameters())
 
@@ -189,6 +191,8 @@ def test_hyperparameters_out_of_their_range():
                 model.Hyperparameters(**{name: value})
     with refused("^nesterov True is"):
         model.Hyperparameters(momentum=0)
+    with refused("^epochs must be an integer, not 2.0"):
+        model.Hyperparameters(epochs=2.0)
 
 
 # ---- device, precision, data ---------------------------------------------------------------------
@@ -348,10 +352,11 @@ def test_every_precision_learns_an_easy_task(precision):
     assert all(run[0] == runs[0][0] and same(run[1], runs[0][1]) for run in runs)
 
 
-def test_the_fused_optimizer_after_an_overflow_in_the_first_step(monkeypatch):
+def test_the_fused_optimizer_after_an_overflow_in_the_first_step(monkeypatch, tmp_path):
     """fp16 skips that step and lowers the loss scale, and the momentum starts from zero.
 
-    The fused optimizer is a GPU's, but PyTorch has one for the CPU too.
+    The fused optimizer is a GPU's, but PyTorch has one for the CPU too. It goes on from a
+    checkpoint, which must hold the loss scale.
     """
     sgd, start, networks = torch.optim.SGD, tiny(dropout=0.0), []
     start.features[1].bias.data.fill_(1000)  # so the next layer's gradient is above 1
@@ -362,7 +367,8 @@ def test_the_fused_optimizer_after_an_overflow_in_the_first_step(monkeypatch):
             monkeypatch.setattr(
                 torch.optim, "SGD", lambda *a, f=fused, **k: sgd(*a, **k | {"fused": f})
             )
-            fit(network := copy.deepcopy(start), replace(h, epochs=epochs), precision="fp16")
+            options = {"precision": "fp16", "checkpoint": tmp_path / f"{fused}.pt"}
+            fit(network := copy.deepcopy(start), replace(h, epochs=epochs), **options)
             networks.append(network)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -697,6 +703,8 @@ def test_apply(folder, capsys, source, n, seed):
     assert [",".join(row.split(",")[:2]) for row in rows] == expected
     told = np.array([row.split(",")[2:] for row in rows], float)
     np.testing.assert_allclose(told, powers / powers.sum(1, keepdims=True), rtol=1e-8)
+    assert model.main(["apply", "model.pt", source, "out.csv", "--submission"]) == 0
+    assert Path("out.csv").read_text().splitlines() == ["Id,Cell type", *expected]
 
 
 @pytest.mark.parametrize(
