@@ -53,12 +53,11 @@ def row(what, ours, theirs, target="", *, inverse=False):
 
 
 def random_images(n, size=28):
-    # Noise of 43 greys compresses to two thirds, as TissueMNIST does; labels in stripes.
     return np.random.RandomState(0).randint(0, 43, (n, size, size), np.uint8), np.arange(n) % 8
 
 
 def save_random(path, n, size=28):
-    """Write such images in MedMNIST's layout, 70, 10 and 20 % in its parts."""
+    # MedMNIST's layout; noise of 43 greys compresses to two thirds, as TissueMNIST does.
     images, labels = random_images(n, size)
     arrays, parts = {}, np.split(np.arange(n), [n * 7 // 10, n * 8 // 10])
     for name, index in zip(("train", "val", "test"), parts, strict=True):
