@@ -159,7 +159,7 @@ FILES = {
     "report": ("seeds.csv", "report.md"),
 }
 FOLLOWING = {"train": ("test",)} | dict.fromkeys(("tune", "test", "compare"), ("figures", "report"))
-# By these an interrupted stage goes on; a folder at rest has neither.
+# By these an interrupted stage goes on; done, it needs them no more.
 UNFINISHED = {"tune": "trials", "train": "training.pt"}
 
 
@@ -268,6 +268,15 @@ class Run:
         for name in FILES[stage]:
             remove(self.folder / name)
 
+    def check_sums(self) -> None:
+        """Raise RunError where a file was changed: it must not be sealed again as the run's own."""
+        if not self.options.overwrite and (self.folder / "SHA256SUMS").exists():
+            for name, problem in changed_files(self.folder):
+                raise RunError(
+                    f"{self.folder / name} {problem}: restore it, or say --overwrite "
+                    "(--stage verify tells more)"
+                )
+
     def unseal(self, stages: Sequence[str]) -> None:
         """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
         self.folder.mkdir(exist_ok=True)
@@ -275,15 +284,8 @@ class Run:
             anew = self.images is not None and not self.record  # another run, or nobody knows what
             for stage in FILES if anew else stages:
                 self.drop(stage)
-            for path in self.folder.glob("seed-*") if anew else ():
+            for path in self.folder.glob("seed-[0-9]*") if anew else ():
                 remove(path)
-        elif (self.folder / "SHA256SUMS").exists():
-            # What was changed since must not be sealed again as if it were the run's own.
-            for name, problem in changed_files(self.folder):
-                raise RunError(
-                    f"{self.folder / name} {problem}: restore it, or say --overwrite "
-                    "(--stage verify tells more)"
-                )
         remove(self.folder / "SHA256SUMS")
         if self.images is not None:
             self.record["data"] = self.about
@@ -292,10 +294,8 @@ class Run:
     def seal(self) -> None:
         """Write SHA256SUMS, which says that the folder is at rest."""
         for stage, name in UNFINISHED.items():
-            if self.done(stage):
-                remove(self.folder / name)
-        for path in self.folder.rglob("*.tmp"):  # of a write that was killed
-            path.unlink()
+            for path in self.folder.glob(f"{name}*") if self.done(stage) else ():
+                remove(path)
         sums = (f"{sha256(self.folder / name)}  {name}\n" for name in files_in(self.folder))
         self.write("SHA256SUMS", "".join(sums))
 
@@ -355,7 +355,7 @@ def sha256(path: Path) -> str:
 def files_in(folder: Path) -> list[str]:
     """List what SHA256SUMS lists; the folders of several seeds have their own."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|^\.lock$|^seed-\d+/", n)]
+    return [n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|(^|/)\.[^/]*$|^seed-\d+/", n)]
 
 
 def changed_files(folder: Path) -> Iterator[tuple[str, str]]:
@@ -497,12 +497,12 @@ def tune(run: Run) -> None:
         if trial.rung > 0 and not retrain:
             epochs -= rungs[trial.rung - 1].resource
         lowest = min(lowest, math.inf if trial.loss is None else trial.loss)
-        text = (
-            f"{epochs}/{total} epochs, rung {rungs[trial.rung].configurations}@{trial.resource}, "
-        )
-        text += f"trial {trial.trial}: " + (trial.error or f"loss {trial.loss:.4f}")
-        text += f", lowest {lowest:.4f}" + ", from the log" * replayed
-        progress(epochs, text, step=True)
+        if replayed:  # which says nothing of the speed of what follows
+            return
+        at = f"{rungs[trial.rung].configurations}@{trial.resource}"
+        outcome = trial.error or f"loss {trial.loss:.4f}"
+        text = f"{epochs}/{total} epochs, rung {at}, trial {trial.trial}: {outcome}"
+        progress(epochs, f"{text}, lowest {lowest:.4f}", step=True)
 
     network, device = run.network(model.POSTER), run.options.device
     objective = Objective(network, trials, seed, device, options["precision"])
@@ -583,7 +583,10 @@ def dask_client(address: str) -> Any:
         raise RunError("--dask needs distributed: pip install -r requirements-cluster.txt")
     from distributed import Client
 
-    client = Client(address, timeout=10, set_as_default=False)
+    try:
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"no Dask scheduler at {address}: {error}") from None
     try:
         for path in (data.__file__, model.__file__, hyperband.__file__, metrics.__file__, __file__):
             client.upload_file(path)
@@ -609,7 +612,7 @@ def read_hyperparameters(path: Path) -> model.Hyperparameters:
         return model.Hyperparameters(**content.get("hyperparameters", content))
     except OSError as error:
         raise RunError(f"hyperparameters {path}: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RunError(f"{path} holds no hyperparameters: {error}") from None
 
 
@@ -1054,7 +1057,7 @@ def audit_search(folder: Path, options: dict[str, Any]) -> Problems:
         yield "best.json", f"is not trial {result.best.trial}, the best of tuning.jsonl"
 
 
-def audit_training(folder: Path, home: Path, options: dict[str, Any]) -> Problems:
+def audit_training(folder: Path, options: dict[str, Any]) -> Problems:
     """Replay the learning rates of history.csv; check the tuned hyperparameters."""
     hyperparameters = model.Hyperparameters(**options["values"])
     losses = column(folder / "history.csv", "valid_loss", float)
@@ -1067,6 +1070,7 @@ def audit_training(folder: Path, home: Path, options: dict[str, Any]) -> Problem
             yield "history.csv", f"row {number}, column learning_rate: {a}, replayed {b}"
             break
     if options["hyperparameters"] == "tuned":
+        home = folder if (folder / "best.json").exists() else folder.parent  # of several seeds
         best = read_hyperparameters(home / "best.json")
         if replace(best, epochs=hyperparameters.epochs) != hyperparameters:
             yield "run.json", "train, hyperparameters: not those of best.json"
@@ -1158,7 +1162,7 @@ def audit_poster(folder: Path) -> Problems:
             yield "auc.csv", f"class {k}: {printed}, the curve gives {area:.4f}"
 
 
-def checks(folder: Path, home: Path, record: dict[str, Any], run: Run | None) -> Iterator[tuple]:
+def checks(folder: Path, record: dict[str, Any], run: Run | None) -> Iterator[tuple]:
     """Yield (file to be read, what is checked, problems) of each group of checks."""
     ended = {stage for stage in FILES if record.get(stage, {}).get("seconds") is not None}
     if run:
@@ -1168,7 +1172,7 @@ def checks(folder: Path, home: Path, record: dict[str, Any], run: Run | None) ->
         yield "tuning.jsonl", what, audit_search(folder, record["tune"]["options"])
     if "train" in ended:
         what = "learning rates follow from the validation losses"
-        yield "history.csv", what, audit_training(folder, home, record["train"]["options"])
+        yield "history.csv", what, audit_training(folder, record["train"]["options"])
     if run and "train" in ended:
         what = "the last epoch's validation loss and accuracy are model.pt's"
         yield "model.pt", what, audit_network(run)
@@ -1188,7 +1192,7 @@ def checks(folder: Path, home: Path, record: dict[str, Any], run: Run | None) ->
         yield "confusion.csv", what, audit_poster(folder)
 
 
-def audit(folder: Path, home: Path, images: data.ImageData | None, options: Namespace) -> bool:
+def audit(folder: Path, images: data.ImageData | None, options: Namespace) -> bool:
     """Check a results folder without training, and print a line a group of checks or a problem.
 
     Without `images` (``--no-model``), neither model.pt nor the data are looked at.
@@ -1211,7 +1215,7 @@ def audit(folder: Path, home: Path, images: data.ImageData | None, options: Name
             "data": about["source"],
         }
         run = Run(folder, images, Namespace(**{**vars(options), **known}))
-    for name, what, problems in checks(folder, home, record, run):
+    for name, what, problems in checks(folder, record, run):
         try:
             found = set(problems)
         except FileNotFoundError as error:
@@ -1236,17 +1240,17 @@ def audit(folder: Path, home: Path, images: data.ImageData | None, options: Name
 
 def audit_all(folder: Path, images: data.ImageData | None, options: Namespace) -> bool:
     """Audit a folder, and those of its seeds; tell whether all is as it should be."""
-    well = audit(folder, folder, images, options)
+    well = audit(folder, images, options)
     with contextlib.suppress(RunError):  # of which the audit has told
         for seed in read_record(folder).get("seeds", []):
-            well &= audit(folder / f"seed-{seed}", folder, images, options)
+            well &= audit(folder / f"seed-{seed}", images, options)
     print(f"verify   {'all is well' if well else 'something is WRONG'} in {folder}")
     return well
 
 
 def is_poster(folder: Path) -> bool:
     """Tell whether a folder has the poster's own results."""
-    return folder.resolve() == POSTER or (folder / "roc.csv").exists()
+    return (folder / "roc.csv").exists() and not (folder / "run.json").exists()
 
 
 # --------------------------------------------------------------------------- the command line
@@ -1262,7 +1266,7 @@ def number_from(least: int, most: int = 2**32 - 1) -> Any:
     """Make an argument type: a whole number in a range, by default to the largest seed."""
 
     def convert(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text[:11]) <= most:
+        if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number {least} to {most}")
         return int(text)
 
@@ -1296,7 +1300,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     text = "all: tune, train, test, figures, report, verify in turn; compare: KNN, SVM and networks"
     add("--stage", any_stage, text, choices=("all", *STAGES, "verify"), default="all")
     add("--results", any_stage, "folder of the run; default: results/DATA", metavar="DIR")
-    add("--overwrite", any_stage, "do again what is done, and drop what followed from it", **flag)
+    add(
+        "--overwrite",
+        " ".join(("all", *STAGES)),
+        "do again what is done, and drop what followed from it",
+        **flag,
+    )
     add("--no-model", "verify", "verify without model and images", **flag)
 
     group = parser.add_argument_group("data")
@@ -1312,9 +1321,18 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     group = parser.add_argument_group("search")
     text = "the poster's one bracket, or Hyperband's; default: poster"
     add("--schedule", "all tune", text, choices=("poster", "hyperband"), default="poster")
-    text, most = "most epochs of a trial of Hyperband's: 81", {"type": number_from(1, 100_000)}
+    text, most = (
+        "most epochs of a trial of Hyperband's; default: 81",
+        {"type": number_from(1, 100_000)},
+    )
     add("--max-resource", "all tune", text, default=81, metavar="R", **most)
-    add("--eta", "all tune", "one in N survives a rung of Hyperband's: 3", default=3, **number)
+    add(
+        "--eta",
+        "all tune",
+        "one in N survives a rung of Hyperband's; default: 3",
+        default=3,
+        **number,
+    )
     add("--retrain", "all tune", "train every rung from scratch, not from the last one", **flag)
     add("--workers", "all tune", "trials at a time; default: a core each, or 1 on a GPU", **number)
     text = "run the trials on the Dask cluster of this scheduler"
@@ -1337,6 +1355,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--compare-max", "compare", text, default=10_000, **number)
 
     options = parser.parse_args(argv)
+    if "" in (options.results, options.data):
+        parser.error("--results and --data need a name: is a variable empty?")
     for name, (option, stages, default) in stages_of.items():
         if stages and options.stage not in stages.split() and getattr(options, name) != default:
             parser.error(f"{option} has no effect on --stage {options.stage}: leave it out")
@@ -1381,9 +1401,11 @@ def open_data(options: Namespace) -> tuple[Path, data.ImageData | None]:
         raise RunError(f"{folder}: no such folder: name the run's by --results")
     if stage in ("test", "figures", "report") and not (record or is_poster(folder)):
         raise RunError(f"{folder} holds no run: run --stage all first, or name its --results")
-    if stage == "report" or (stage == "verify" and (options.no_model or not record)):
+    if (stage == "report" and record) or (stage == "verify" and (options.no_model or not record)):
         return folder, None
     if folder is not None and is_poster(folder):
+        if stage not in ("figures", "verify"):
+            raise RunError(f"{folder} holds the poster's own results: choose another --results")
         return folder, None
     progress = Progress("data", 1)
 
@@ -1419,9 +1441,12 @@ def carry_out(options: Namespace) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for one in runs:
+            one.check_sums()
+        for one in runs:
             one.unseal([stage for other, stage in work if other is one])
         if seeds:
             run.record["seeds"] = seeds
+            run.drop("report")  # which the seeds' new results would belie
             run.save()
         for one, stage in work:
             STAGES[stage](one)
@@ -1449,14 +1474,14 @@ def plan(run: Run, seeds: Sequence[int], stages: Sequence[str]) -> list[tuple[Ru
             "choose another --results, or say --overwrite"
         )
     others = [p for p in run.folder.glob("*") if p.name != ".lock" and p.suffix != ".tmp"]
-    if others and not (run.record or run.options.overwrite or is_poster(run.folder)):
-        raise RunError(
-            f"{run.folder} is not empty and holds no run.json: choose another --results, or say "
-            "--overwrite"
-        )
+    if others and not (run.folder / "run.json").exists() and not is_poster(run.folder):
+        raise RunError(f"{run.folder} holds other files, and no run.json: choose another --results")
     if seeds and ("train" in run.record or run.record.get("seeds", seeds) != seeds):
         if not run.options.overwrite:
-            raise RunError(f"{run.folder} holds a run of other seeds: choose another --results")
+            raise RunError(
+                f"{run.folder} holds another run (its seeds differ): choose another --results, or "
+                "say --overwrite"
+            )
         run.record = {}
     common = [stage for stage in stages if not seeds or stage in ("tune", "compare")]
     work = [(run, stage) for stage in common]
@@ -1467,6 +1492,8 @@ def plan(run: Run, seeds: Sequence[int], stages: Sequence[str]) -> list[tuple[Ru
         last = ["figures"] * ("figures" in each) + ["report"] * bool({"test", "report"} & {*each})
         work += [(run, stage) for stage in last]
     for one, stage in work:
+        if one is not run and not one.record and "train" not in stages:
+            raise RunError(f"{one.folder} holds no run: run --stage train again")
         if stage == "test" and not one.done("train") and "train" not in stages:
             raise RunError(f"{one.folder} holds no trained network: run --stage train first")
         if stage in OPTIONS and not one.options.overwrite:

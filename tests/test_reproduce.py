@@ -143,7 +143,7 @@ def test_what_is_done_is_done_once(finished, chain, capsys):
         (["--stage", "test", "--split", "official"], 'holds another run (split "poster"'),
         (["--stage", "test", "--split-seed", "1"], "holds another run (split_seed 0"),
         (["--stage", "test", "--data", "digits"], "holds another run (md5"),
-        (["--stage", "train", "--seeds", "0", "1"], "holds a run of other seeds"),
+        (["--stage", "train", "--seeds", "0", "1"], "its seeds differ"),
     ],
 )
 def test_a_finished_run_is_not_touched_by_another_command(finished, capsys, words, told):
@@ -544,6 +544,9 @@ def test_verify_before_the_test_and_without_the_data(tiny, tmp_path, capsys):
         (["--dask", "here"], "tcp://HOST:PORT"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--epochs", "0"], "no whole number"),
+        (["--seed", "00000000000999999999999"], "no whole number"),
+        (["--results", ""], "is a variable empty"),
+        (["--stage", "verify", "--overwrite"], "--overwrite has no effect"),
         (["--seed", "-1"], "no whole number"),
         (["--split", "official", "--split-seed", "3"], "no effect on --split official"),
         (["--data", "chestmnist"], "chestmnist"),
@@ -565,7 +568,10 @@ def test_bad_commands_are_one_line(capsys, tmp_path, monkeypatch, words, told):
 def test_bad_folders_are_one_line(tiny, chain, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")
-    assert "is not empty" in refused(capsys, *chain, "--results", tmp_path / "notes")
+    for words in ([], ["--overwrite"]):
+        assert "other files" in refused(capsys, *chain, "--results", tmp_path / "notes", *words)
+    poster = shutil.copytree(reproduce.POSTER, tmp_path / "poster")
+    assert "poster's own" in refused(capsys, *chain, "--results", poster, "--overwrite")
     (tmp_path / "file").write_text("")
     refused(capsys, *chain, "--results", tmp_path / "file")
     (tmp_path / "run").mkdir()
