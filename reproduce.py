@@ -387,7 +387,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: Any) -> dict[str, Any]:
     """Tell what results depend on beside data and options."""
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -421,7 +421,7 @@ class Objective:
     network: dict[str, Any]
     arrays: Path
     seed: int
-    device: str
+    device: Any
     precision: str
 
     def __call__(
@@ -1536,7 +1536,9 @@ def print_plan(run: Run, stages: Sequence[str]) -> None:
 def compare_with_reference(run: Run) -> None:
     """Say how many predictions are those of our own run, which lies in results/reference."""
     ours = REFERENCE / run.about["name"]
-    if run.about == read_record(ours).get("data"):
+    first, second = read_record(ours), run.record
+    alike = [record.get("train", {}).get("options", {}).get("values") for record in (first, second)]
+    if run.about == first.get("data") and alike[0] == alike[1]:  # else it would mean nothing
         paths = (folder / "predictions.csv" for folder in (ours, run.folder))
         first, second = (metrics.read_predictions(path).predicted for path in paths)
         print(f"{(first == second).sum()} of {len(first)} predictions are those of {ours}")
