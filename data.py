@@ -504,7 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 convert(train_folder, None, source)
             case ["convert", train_folder, test_folder, _]:
                 convert(train_folder, test_folder, source)
-            case [_, _, *_]:
+            case ["convert", *_] | [_, _, *_]:
                 raise DataError("expected [SOURCE], or convert TRAIN_FOLDER [TEST_FOLDER] OUT.npz")
         _print_summary(load(source, progress=_show))
         sys.stdout.flush()

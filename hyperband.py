@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +140,11 @@ class IntUniform(_Range):
 class LogUniform(_Range):
     """A float from `low` to `high` (both above 0) whose logarithm is uniform."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low <= 0:
+            raise SearchError(f"{self} needs low above 0")
+
     def sample(self, rng: random.Random) -> float:
         """Draw one float."""
         exact = decimal.Context(prec=30)  # ln and exp are correctly rounded here, unlike math's
@@ -172,7 +177,15 @@ class SearchResult(NamedTuple):
     trials: list[Trial]  # every finished trial, in the order of the schedule
 
 
-def _hyperband(space, schedule, seed, retrain, recorded, run, drop) -> SearchResult:
+def _hyperband(
+    space: Mapping[str, Any],
+    schedule: Sequence[Sequence[Rung]],
+    seed: int,
+    retrain: bool,
+    recorded: list[tuple[str, Trial]],
+    run: Callable[[list[Trial], list[tuple], int], list[Trial]],
+    drop: Callable[[Trial], Any],
+) -> SearchResult:
     """Do Algorithm 1 with any schedule: the one loop of `search` and `replay`.
 
     `recorded` is what `_read_log` returns. ``run(trials, plans, previous)`` completes a rung's
@@ -213,7 +226,7 @@ def _hyperband(space, schedule, seed, retrain, recorded, run, drop) -> SearchRes
     return SearchResult(best, finished)
 
 
-def _recall(lines, plans) -> list[Trial]:
+def _recall(lines: Iterator[tuple[str, Trial]], plans: list[tuple]) -> list[Trial]:
     """Take the trials of these plans, or as many as are left, from a log's lines."""
     trials = []
     for plan, (where, trial) in zip(plans, lines, strict=False):
@@ -324,7 +337,7 @@ def search(
         return _hyperband(space, schedule, seed, retrain, recorded, run, drop)
 
 
-def _outcomes(objective, calls, executor):
+def _outcomes(objective: Callable, calls: list[tuple], executor: Executor | None) -> Iterator:
     """Yield what `_evaluate` returns for each call, in the order of the calls."""
     each = map if executor is None else executor.map
     try:
@@ -337,7 +350,7 @@ def _outcomes(objective, calls, executor):
         ) from error
 
 
-def _evaluate(objective, call):
+def _evaluate(objective: Callable, call: tuple) -> tuple[float | None, float, str | None]:
     """Run one trial, maybe in another process; return its loss, seconds and error."""
     configuration, previous, resource, folder = call
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ import threading
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -175,17 +175,10 @@ class Run:
     def __init__(self, folder: Path, images: data.ImageData | None, options: Namespace) -> None:
         self.folder = self.home = folder
         self.images, self.options = images, options
-        try:
-            self.record = read_record(folder)
-        except RunError:
-            if not options.overwrite:
-                raise
-            self.record = {}
+        self.record = read_record(folder, options.overwrite or options.stage == "verify")
         if images is not None:
             self.split = data.split(images, options.split, options.split_seed)
             self.about = describe(images, self.split, options)
-            if options.overwrite and self.other_data():
-                self.record = {}
 
     def seeded(self, seed: int) -> Run:
         """Give the run of one of several seeds, in a folder inside this one."""
@@ -196,6 +189,8 @@ class Run:
 
     def other_data(self) -> dict[str, Any]:
         """Return what run.json says otherwise of data and split; a moved file is the same data."""
+        if self.images is None:
+            return {}
         known = self.record.get("data", self.about)
         names = [key for key in known if key not in ("name", "source")]
         return {name: known[name] for name in names if known[name] != self.about[name]}
@@ -227,7 +222,7 @@ class Run:
 
     def done(self, stage: str) -> bool:
         """Tell whether a stage has ended."""
-        return self.record.get(stage, {}).get("seconds") is not None
+        return stage in ended(self.record)
 
     def check(self, stage: str, options: dict[str, Any]) -> None:
         """Raise RunError where the stage was begun with other options."""
@@ -281,12 +276,14 @@ class Run:
         """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
         self.folder.mkdir(exist_ok=True)
         if self.options.overwrite:
-            anew = self.images is not None and not self.record  # another run, or nobody knows what
+            anew = self.images is not None and "data" not in self.record  # another run
             for stage in FILES if anew else stages:
                 self.drop(stage)
             for path in self.folder.glob("seed-[0-9]*") if anew else ():
                 remove(path)
         remove(self.folder / "SHA256SUMS")
+        if "seeds" in self.record:
+            self.drop("report")  # which the seeds' new results would belie
         if self.images is not None:
             self.record["data"] = self.about
             self.save()
@@ -319,8 +316,8 @@ def describe(images: data.ImageData, split: data.Split, options: Namespace) -> d
     }
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read a folder's run.json; {} where there is none, RunError where it is not ours."""
+def read_record(folder: Path, damaged_too: bool = False) -> dict[str, Any]:
+    """Read a folder's run.json; {} where there is none; of one that is not ours {} or RunError."""
     path = folder / "run.json"
     about = ["name", "source", "md5", "split", "split_seed", "shape", "class_names"]
     about += ["sizes", "test_counts"]
@@ -333,9 +330,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if damaged_too:
+            return {}
         reason = str(error).splitlines()[0]
         raise RunError(f"{path} is damaged ({reason}): restore it, or say --overwrite") from None
     return record
+
+
+def ended(record: dict[str, Any]) -> list[str]:
+    """List the stages that have ended, in the order of the chain."""
+    return [stage for stage in FILES if record.get(stage, {}).get("seconds") is not None]
 
 
 def remove(path: Path) -> None:
@@ -455,7 +459,7 @@ def tuning_options(run: Run) -> dict[str, Any]:
     """Say what decides the search's outcome, beside the data."""
     options = {"schedule": run.options.schedule}
     if run.options.schedule == "hyperband":
-        options |= {"max_resource": run.options.max_resource, "eta": run.options.eta}
+        options |= {"max_resource": run.options.max_resource or 81, "eta": run.options.eta or 3}
     return {
         **options,
         "retrain": run.options.retrain,
@@ -585,16 +589,12 @@ def dask_client(address: str) -> Any:
 
     try:
         client = Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise RunError(f"no Dask scheduler at {address}: {error}") from None
-    try:
         for path in (data.__file__, model.__file__, hyperband.__file__, metrics.__file__, __file__):
             client.upload_file(path)
-    except Exception as error:  # whatever an import raises on a machine of the cluster
-        client.close()
+    except Exception as error:  # nobody there, or whatever an import raises on another machine
         raise RunError(
-            f"the cluster cannot import this program ({error!r:.200}): install requirements.txt "
-            "for its scheduler and its workers"
+            f"--dask {address}: {error!r:.200}: start a scheduler and workers there, with "
+            "requirements.txt installed"
         ) from None
     return client
 
@@ -747,83 +747,57 @@ GROWING = ("train_seconds", "predict_seconds_per_1000", "model_mb")
 COMPARE_HEADER = ("system", "training_images", *METRIC_NAMES, *GROWING, "note")
 
 
-class NetworkClassifier:
-    """A network with scikit-learn's `fit` and `predict`, for uint8 images."""
-
-    def __init__(self, run: Run, system: str, options: dict[str, Any]) -> None:
-        self.run, self.options = run, options
-        self.hyperparameters = model.Hyperparameters(**options["values"])
-        if system == "NephNet2D":
-            self.hyperparameters = replace(self.hyperparameters, num_features=32)
-        config = run.network(self.hyperparameters, system)
-        self.network = model.build(config, options["seed"])
-
-    def fit(self, images: np.ndarray, labels: np.ndarray) -> None:
-        """Train with the hyperparameters of the comparison."""
-        valid = self.run.split.valid[: max(1, len(images) // 4)]  # the poster's 80/20
-        model.fit(
-            self.network,
-            images,
-            labels,
-            *self.run.part(valid),
-            self.hyperparameters,
-            seed=self.options["seed"],
-            device=self.run.options.device,
-            precision=self.options["precision"],
-            compile="off",  # else its time would jump where compilation starts to pay
-        )
-
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """Return the class of each image."""
-        logits = model.predict(self.network, images, device=self.run.options.device)
-        return logits.numpy().argmax(1)
-
-
 def flat_pixels(images: np.ndarray) -> np.ndarray:
     """Turn uint8 images into rows of pixels in [0, 1]."""
     return images.reshape(len(images), -1).astype(np.float32) / 255
 
 
-def make_system(run: Run, system: str, options: dict[str, Any]) -> Any:
-    """Make one of SYSTEMS, untrained; scikit-learn's with its defaults."""
+def train_system(
+    run: Run, system: str, index: np.ndarray, options: dict[str, Any]
+) -> tuple[Callable[[np.ndarray], np.ndarray], Any]:
+    """Train one of SYSTEMS, scikit-learn's with its defaults, on some images.
+
+    Return what gives the classes of other images, and what of the system has to be kept for that.
+    """
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import FunctionTransformer
     from sklearn.svm import SVC, LinearSVC
 
+    images, labels = run.part(index)
+    seed, device = options["seed"], run.options.device
     if system in model.NETWORKS:
-        return NetworkClassifier(run, system, options)
-    classifiers = {
-        "KNN": KNeighborsClassifier(),
-        "SVM (RBF)": SVC(),
-        "SVM (linear)": LinearSVC(random_state=options["seed"]),
-    }
-    return make_pipeline(FunctionTransformer(flat_pixels), classifiers[system])
+        hyperparameters = model.Hyperparameters(**options["values"])
+        if system == "NephNet2D":
+            hyperparameters = replace(hyperparameters, num_features=32)
+        network = model.build(run.network(hyperparameters, system), seed)
+        valid = run.part(run.split.valid[: max(1, len(images) // 4)])  # the poster's 80/20
+        settings = {"seed": seed, "device": device, "precision": options["precision"]}
+        settings["compile"] = "off"  # else its time would jump where compiling begins to pay
+        model.fit(network, images, labels, *valid, hyperparameters, **settings)
+        kept = network.state_dict()
+        return lambda x: model.predict(network, x, device=device).numpy().argmax(1), kept
+    classifiers = {"KNN": KNeighborsClassifier(), "SVM (RBF)": SVC()}
+    classifiers["SVM (linear)"] = LinearSVC(random_state=seed)
+    classifier = classifiers[system].fit(flat_pixels(images), labels)
+    return lambda x: classifier.predict(flat_pixels(x)), classifier
 
 
 def measure(run: Run, system: str, index: np.ndarray, options: dict[str, Any]) -> list[Any]:
     """Train a system on some images and apply it; return what compare.csv has of it."""
-    images, labels = run.part(index)
-    test_images, test_labels = run.part(run.split.test)
+    images, labels = run.part(run.split.test)
     brief = {**options, "values": {**options["values"], "epochs": 1}}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # Once on a few images, lest the libraries' own first steps be measured.
-        few = slice(max(10, run.images.num_classes))
-        first = make_system(run, system, brief)
-        first.fit(images[few], labels[few])
-        first.predict(images[few])
+        predict, _ = train_system(run, system, index[: max(10, run.images.num_classes)], brief)
+        predict(images[:10])
         caught.clear()
-        classifier = make_system(run, system, options)
         clock = [time.perf_counter()]
-        classifier.fit(images, labels)
+        predict, kept = train_system(run, system, index, options)
         clock.append(time.perf_counter())
-        classifier.predict(test_images[:TIMED_IMAGES])
+        predict(images[:TIMED_IMAGES])
         clock.append(time.perf_counter())
-        predicted = classifier.predict(test_images)
-        summary = metrics.summary(test_labels, predicted, run.images.num_classes)
-    seconds_per_1000 = (clock[2] - clock[1]) * 1000 / min(len(test_images), TIMED_IMAGES)
-    kept = classifier.network.state_dict() if system in model.NETWORKS else classifier
+        summary = metrics.summary(labels, predict(images), run.images.num_classes)
+    seconds_per_1000 = (clock[2] - clock[1]) * 1000 / min(len(images), TIMED_IMAGES)
     note = "not converged" if any("converge" in str(w.message) for w in caught) else ""
     costs = [clock[1] - clock[0], seconds_per_1000, len(pickle.dumps(kept)) / 1e6]
     return [system, len(index), *summary.values(), *costs, note]
@@ -836,6 +810,8 @@ def comparison_options(run: Run) -> dict[str, Any] | None:
         return None
     del options["compile"]
     top = min(run.options.compare_max, len(run.split.train))
+    if top < 10:
+        raise RunError(f"{top} training images are too few to compare: give 10 or more")
     first = 1_000 if top >= 5_000 else 100  # small data has to show its growth too
     series = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]
     sizes = [n for n in series if first <= n <= top / 1.5] + [top]
@@ -944,7 +920,7 @@ def report_text(folder: Path, record: dict[str, Any]) -> str:
     ):
         if (folder / name).exists():
             parts += [f"## {title}", csv_table(folder / name)]
-    stages = [stage for stage in FILES if record.get(stage, {}).get("seconds") is not None]
+    stages = ended(record)
     if "compare" in stages:
         powers = metrics.markdown_table(["system", *GROWING], growth(folder / "compare.csv"))
         parts += ["## KNN, SVM, NephNet2D and PosterCNN"]
@@ -976,15 +952,12 @@ def commands(record: dict[str, Any]) -> list[str]:
     common = {"data": about["source"], "split": about["split"]}
     if about["split"] == "poster":
         common["split_seed"] = about["split_seed"]
+    common["results"] = f"results/{about['name']}-again"
     lines = []
     for stage in ("tune", "train", "test", "compare"):
         if stage not in record:
             continue
-        options = {
-            **common,
-            "results": f"results/{about['name']}-again",
-            **record[stage]["options"],
-        }
+        options = {**common, **record[stage]["options"]}
         if stage == "train" and "seeds" in record:
             options["seeds"] = options.pop("seed")
         words = ["python", "reproduce.py", "--stage", stage]
@@ -1162,60 +1135,51 @@ def audit_poster(folder: Path) -> Problems:
             yield "auc.csv", f"class {k}: {printed}, the curve gives {area:.4f}"
 
 
-def checks(folder: Path, record: dict[str, Any], run: Run | None) -> Iterator[tuple]:
+def checks(run: Run, record: dict[str, Any]) -> Iterator[tuple]:
     """Yield (file to be read, what is checked, problems) of each group of checks."""
-    ended = {stage for stage in FILES if record.get(stage, {}).get("seconds") is not None}
-    if run:
+    folder, images = run.folder, run.images is not None
+    done = ended(record)
+    if record and images:
         yield "run.json", "data and split are those of run.json", audit_data(run)
-    if "tune" in ended:
+    if "tune" in done:
         what = "the search's configurations, promotions and best.json follow from seed and losses"
         yield "tuning.jsonl", what, audit_search(folder, record["tune"]["options"])
-    if "train" in ended:
+    if "train" in done:
         what = "learning rates follow from the validation losses"
         yield "history.csv", what, audit_training(folder, record["train"]["options"])
-    if run and "train" in ended:
+    if images and "train" in done:
         what = "the last epoch's validation loss and accuracy are model.pt's"
         yield "model.pt", what, audit_network(run)
-    if run and "test" in ended:
+    if images and "test" in done:
         what = "predictions.csv has the split's ids, the data's labels and model.pt's logits"
         yield "predictions.csv", what, audit_predictions(run)
-    if "test" in ended:
+    if "test" in done:
         what = "table, confusion matrix, classes, ROC curves and AUCs follow from predictions.csv"
         yield "predictions.csv", what, audit_tables(folder, record["data"])
-    if (folder / "seeds.csv").exists():
+    if "seeds" in record and (folder / "seeds.csv").exists():
         what = "seeds.csv follows from the seeds' predictions.csv"
-        yield "seeds.csv", what, audit_seeds(folder, record.get("seeds", []))
-    if (folder / "report.md").exists() and record:
+        yield "seeds.csv", what, audit_seeds(folder, record["seeds"])
+    if record and (folder / "report.md").exists():
         yield "report.md", "report.md follows from the files", audit_report(folder, record)
     if is_poster(folder):
         what = "table and class ratios follow from the confusion matrix, AUCs from the curves"
         yield "confusion.csv", what, audit_poster(folder)
 
 
-def audit(folder: Path, images: data.ImageData | None, options: Namespace) -> bool:
+def audit(run: Run) -> bool:
     """Check a results folder without training, and print a line a group of checks or a problem.
 
-    Without `images` (``--no-model``), neither model.pt nor the data are looked at.
+    Without images (``--no-model``), neither model.pt nor the data are looked at.
     """
+    folder, told = run.folder, set()
     print(f"verify   {folder}")
     unsealed = {"SHA256SUMS": "is missing: the last command did not end"}
     changed = dict(changed_files(folder)) if (folder / "SHA256SUMS").exists() else unsealed
-    record, run, told = {}, None, set()
-    if not is_poster(folder):
-        with contextlib.suppress(RunError):
-            record = read_record(folder) if "run.json" not in changed else {}
-        if not record:
-            problem = changed.get("run.json", "is missing or damaged")
-            changed["run.json"] = f"{problem}: SHA256SUMS alone is checked"
-    if record and images is not None:
-        about = record["data"]
-        known = {
-            "split": about["split"],
-            "split_seed": about["split_seed"],
-            "data": about["source"],
-        }
-        run = Run(folder, images, Namespace(**{**vars(options), **known}))
-    for name, what, problems in checks(folder, record, run):
+    record = run.record if "run.json" not in changed else {}
+    if not record and not is_poster(folder):
+        problem = changed.get("run.json", "is missing or damaged")
+        changed["run.json"] = f"{problem}: SHA256SUMS alone is checked"
+    for name, what, problems in checks(run, record):
         try:
             found = set(problems)
         except FileNotFoundError as error:
@@ -1238,13 +1202,11 @@ def audit(folder: Path, images: data.ImageData | None, options: Namespace) -> bo
     return not (told or changed)
 
 
-def audit_all(folder: Path, images: data.ImageData | None, options: Namespace) -> bool:
+def audit_all(run: Run) -> bool:
     """Audit a folder, and those of its seeds; tell whether all is as it should be."""
-    well = audit(folder, images, options)
-    with contextlib.suppress(RunError):  # of which the audit has told
-        for seed in read_record(folder).get("seeds", []):
-            well &= audit(folder / f"seed-{seed}", images, options)
-    print(f"verify   {'all is well' if well else 'something is WRONG'} in {folder}")
+    runs = [run, *(run.seeded(seed) for seed in run.record.get("seeds", []))]
+    well = all([audit(one) for one in runs])
+    print(f"verify   {'all is well' if well else 'something is WRONG'} in {run.folder}")
     return well
 
 
@@ -1286,73 +1248,60 @@ def parse(argv: Sequence[str] | None) -> Namespace:
   python reproduce.py --stage verify --results results/reference/digits""",
     )
     parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
-    stages_of = {}
+    stages_of, whole = {}, {"metavar": "N", "type": number_from(1)}
+    seed = {"metavar": "N", "type": number_from(0)}
 
     def add(option: str, stages: str, text: str, **settings: Any) -> None:
         """Add an option that has an effect on these stages alone, or on any."""
         action = group.add_argument(option, help=text, **settings)
         stages_of[action.dest] = option, stages, action.default
 
-    any_stage, flag = "", {"action": "store_true"}
-    number, seed = ({"type": number_from(least), "metavar": "N"} for least in (1, 0))
-
     group = parser.add_argument_group("what to do")
     text = "all: tune, train, test, figures, report, verify in turn; compare: KNN, SVM and networks"
-    add("--stage", any_stage, text, choices=("all", *STAGES, "verify"), default="all")
-    add("--results", any_stage, "folder of the run; default: results/DATA", metavar="DIR")
-    add(
-        "--overwrite",
-        " ".join(("all", *STAGES)),
-        "do again what is done, and drop what followed from it",
-        **flag,
-    )
-    add("--no-model", "verify", "verify without model and images", **flag)
+    add("--stage", "", text, choices=("all", *STAGES, "verify"), default="all")
+    add("--results", "", "folder of the run; default: results/DATA", metavar="DIR")
+    text = "do again what is done, and drop what followed from it"
+    add("--overwrite", " ".join(("all", *STAGES)), text, action="store_true")
+    add("--no-model", "verify", "verify without model and images", action="store_true")
 
     group = parser.add_argument_group("data")
     text = f"digits; {', '.join(data.MEDMNIST)}; FILE.npz in MedMNIST's layout; default: auto: "
     text += "what the folder was made from, else tissuemnist, where there is no network digits"
-    add("--data", any_stage, text, metavar="SOURCE", default="auto")
-    add("--root", any_stage, "where downloads are kept", metavar="DIR", default="~/.medmnist")
+    add("--data", "", text, metavar="SOURCE", default="auto")
+    add("--root", "", "where downloads are kept", metavar="DIR", default="~/.medmnist")
     text, loading = "60/15/25 %% at random, or the file's own; default: poster", " ".join(STAGES)
     loading = loading.replace("report", "all verify")
     add("--split", loading, text, choices=("poster", "official"))
     add("--split-seed", loading, "of the poster's split; default: 0", **seed)
 
-    group = parser.add_argument_group("search")
+    group, search = parser.add_argument_group("search"), "all tune"
     text = "the poster's one bracket, or Hyperband's; default: poster"
-    add("--schedule", "all tune", text, choices=("poster", "hyperband"), default="poster")
-    text, most = (
-        "most epochs of a trial of Hyperband's; default: 81",
-        {"type": number_from(1, 100_000)},
-    )
-    add("--max-resource", "all tune", text, default=81, metavar="R", **most)
-    add(
-        "--eta",
-        "all tune",
-        "one in N survives a rung of Hyperband's; default: 3",
-        default=3,
-        **number,
-    )
-    add("--retrain", "all tune", "train every rung from scratch, not from the last one", **flag)
-    add("--workers", "all tune", "trials at a time; default: a core each, or 1 on a GPU", **number)
+    add("--schedule", search, text, choices=("poster", "hyperband"), default="poster")
+    most = {"metavar": "R", "type": number_from(1, 100_000)}
+    add("--max-resource", search, "most epochs of Hyperband's trials; default: 81", **most)
+    text = "one in N survives a rung of Hyperband's; default: 3"
+    add("--eta", search, text, metavar="N", type=number_from(2))
+    text = "train every rung from scratch, not from the last one"
+    add("--retrain", search, text, action="store_true")
+    add("--workers", search, "trials at a time; default: a core each, or 1 on a GPU", **whole)
     text = "run the trials on the Dask cluster of this scheduler"
-    add("--dask", "all tune", text, metavar="tcp://HOST:PORT")
+    add("--dask", search, text, metavar="tcp://HOST:PORT")
 
     group, training = parser.add_argument_group("training"), "all train compare"
     text = "poster (default), authors (16 digits), tuned (the search's best) or a file of your own"
     names = "{poster,authors,tuned,FILE.json}"
     add("--hyperparameters", training, text, metavar=names, default="poster")
-    add("--epochs", training, "default: the hyperparameters', 100", **number)
+    add("--epochs", training, "default: the hyperparameters', 100", **whole)
     text = "of search, weights, order of the images and dropout; default: 0"
-    add("--seed", f"{training} tune", text, default=0, **seed)
+    add("--seed", training + " tune", text, default=0, **seed)
     add("--seeds", "all train", "train and test once with each of these", nargs="+", **seed)
-    add("--device", any_stage, "auto (default), cpu, cuda, cuda:1, ...", default="auto")
+    add("--device", "", "auto (default), cpu, cuda, cuda:1, ...", default="auto")
     text = "auto (default): fp16 on a GPU, bf16 on a CPU that has it, else fp32"
-    add("--precision", f"{training} tune", text, choices=model.PRECISIONS, default="auto")
+    add("--precision", training + " tune", text, choices=model.PRECISIONS, default="auto")
     text = "compile the training step; auto (default): where the training is long enough to gain"
     add("--compile", "all train", text, choices=model.COMPILE, default="auto")
-    text = "most training images of the comparison; default: 10000"
-    add("--compare-max", "compare", text, default=10_000, **number)
+    text, ten = "most training images of the comparison; default: 10000", number_from(10)
+    add("--compare-max", "compare", text, default=10_000, metavar="N", type=ten)
 
     options = parser.parse_args(argv)
     if "" in (options.results, options.data):
@@ -1360,10 +1309,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     for name, (option, stages, default) in stages_of.items():
         if stages and options.stage not in stages.split() and getattr(options, name) != default:
             parser.error(f"{option} has no effect on --stage {options.stage}: leave it out")
-    if options.schedule == "poster" and (options.max_resource, options.eta) != (81, 3):
+    if options.schedule == "poster" and (options.max_resource or options.eta):
         parser.error("--max-resource and --eta go with --schedule hyperband")
-    if options.eta < 2 or options.compare_max < 10:
-        parser.error("--eta is at least 2, --compare-max at least 10")
     if options.dask and (options.workers or not re.fullmatch(r"\w+://.+:\d+", options.dask)):
         parser.error("--dask takes tcp://HOST:PORT, and no --workers beside it")
     if options.seeds and len({*options.seeds}) < max(2, len(options.seeds)):
@@ -1373,12 +1320,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return options
 
 
-def open_data(options: Namespace) -> tuple[Path, data.ImageData | None]:
+def open_run(options: Namespace) -> Run:
     """Settle folder, data and split; load the images, where the stage needs them.
 
     A folder that holds a run says what it is on; without one it is named after the data.
     """
-    stage, record, folder = options.stage, {}, None
+    stage, folder, record = options.stage, None, {}
     if options.results:
         folder = Path(options.results)
     elif options.data != "auto":
@@ -1387,26 +1334,26 @@ def open_data(options: Namespace) -> tuple[Path, data.ImageData | None]:
         places = [Path("results", name) for name in ("tissuemnist", "digits")]
         folder = next((place for place in places if place.exists()), places[0])
     if folder is not None:
-        try:
-            record = read_record(folder)
-        except RunError:
-            if stage != "verify" and not options.overwrite:
-                raise
+        record = read_record(folder, options.overwrite or stage == "verify")
+        if is_poster(folder) and stage not in ("figures", "verify"):
+            raise RunError(f"{folder} holds the poster's own results: choose another --results")
+        if stage == "verify" and not folder.is_dir():
+            raise RunError(f"{folder}: no such folder: name the run's by --results")
+        if stage in ("test", "figures", "report") and not (record or is_poster(folder)):
+            raise RunError(f"{folder} holds no run: run --stage all first, or name its --results")
+    if stage == "report" or (stage in ("figures", "verify") and (options.no_model or not record)):
+        return Run(folder, None, options)
     about = record.get("data", {})
-    options.data = about.get("source", "auto") if options.data == "auto" else options.data
     options.split = options.split or about.get("split", "poster")
     if options.split_seed is None:
         options.split_seed = about.get("split_seed", 0)
-    if stage == "verify" and not folder.is_dir():
-        raise RunError(f"{folder}: no such folder: name the run's by --results")
-    if stage in ("test", "figures", "report") and not (record or is_poster(folder)):
-        raise RunError(f"{folder} holds no run: run --stage all first, or name its --results")
-    if (stage == "report" and record) or (stage == "verify" and (options.no_model or not record)):
-        return folder, None
-    if folder is not None and is_poster(folder):
-        if stage not in ("figures", "verify"):
-            raise RunError(f"{folder} holds the poster's own results: choose another --results")
-        return folder, None
+    if options.data == "auto" and about:
+        options.data = about["source"]
+        if os.sep in options.data and not Path(options.data).exists():
+            raise RunError(
+                f"{options.data}, of which {folder} was made, is gone: give its new place by "
+                "--data" + ", or say --no-model" * (stage == "verify")
+            )
     progress = Progress("data", 1)
 
     def show(done: int, total: int) -> None:
@@ -1415,7 +1362,7 @@ def open_data(options: Namespace) -> tuple[Path, data.ImageData | None]:
         progress(done, text, step=done == total)
 
     images = data.load(options.data, options.root, stage != "verify", show)
-    return folder or Path("results", images.name), images
+    return Run(folder or Path("results", images.name), images, options)
 
 
 def carry_out(options: Namespace) -> bool:
@@ -1424,18 +1371,16 @@ def carry_out(options: Namespace) -> bool:
     options.precision = model.resolve_precision(options.precision, options.device)
     cores = joblib.cpu_count() if options.device.type == "cpu" else 1
     options.workers = options.workers or cores  # of a container's cores, those it may use
-    stages = {"all": CHAIN, "compare": ("compare", "figures", "report")}
+    stages = {"all": CHAIN, "test": CHAIN[2:], "compare": ("compare", *CHAIN[3:])}
     stages = stages.get(options.stage, (options.stage,))
     if importlib.util.find_spec("matplotlib") is None:
         if options.stage == "figures":
             raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
         stages = tuple(stage for stage in stages if stage != "figures")
-    folder, images = open_data(options)
+    run = open_run(options)
     if options.stage == "verify":
-        return audit_all(folder, images, options)
-    run = Run(folder, images, options)
-    seeds = options.seeds or run.record.get("seeds", [])
-    work = plan(run, seeds, stages)
+        return audit_all(run)
+    folder, work = run.folder, plan(run, stages)
     runs = dict.fromkeys([run, *(one for one, _ in work)])
     print_plan(run, stages)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1444,57 +1389,53 @@ def carry_out(options: Namespace) -> bool:
             one.check_sums()
         for one in runs:
             one.unseal([stage for other, stage in work if other is one])
-        if seeds:
-            run.record["seeds"] = seeds
-            run.drop("report")  # which the seeds' new results would belie
-            run.save()
         for one, stage in work:
             STAGES[stage](one)
         for one in runs:
             one.seal()
-    well = options.stage != "all" or audit_all(folder, images, options)
+    well = options.stage != "all" or audit_all(run)
     for name in ("seeds.csv", "table.csv"):
         if (folder / name).exists():
             print(f"\n{csv_table(folder / name)}")
             break
     print(f"files    {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
-    if "test" in stages and not seeds:
+    if "test" in stages and "seeds" not in run.record:
         compare_with_reference(run)
-    if options.data == "auto" and images is not None and images.name == "digits":
+    if options.data == "auto" and run.images is not None and run.images.name == "digits":
         print("NOTE: without a network these are scikit-learn's digits, not the poster's images")
     return well
 
 
-def plan(run: Run, seeds: Sequence[int], stages: Sequence[str]) -> list[tuple[Run, str]]:
+def plan(run: Run, stages: Sequence[str]) -> list[tuple[Run, str]]:
     """Say which stages are to be done in which folder; refuse what can't be, before it begins."""
-    if run.images is not None and (other := run.other_data()):
-        key, value = next(iter(other.items()))
-        raise RunError(
-            f"{run.folder} holds another run ({key} {shown(value)}, not {shown(run.about[key])}): "
-            "choose another --results, or say --overwrite"
-        )
+    seeds = run.options.seeds or run.record.get("seeds", [])
     others = [p for p in run.folder.glob("*") if p.name != ".lock" and p.suffix != ".tmp"]
     if others and not (run.folder / "run.json").exists() and not is_poster(run.folder):
         raise RunError(f"{run.folder} holds other files, and no run.json: choose another --results")
+    known = run.other_data()
+    differ = [f"{key} {shown(known[key])}, not {shown(run.about[key])}" for key in known]
     if seeds and ("train" in run.record or run.record.get("seeds", seeds) != seeds):
-        if not run.options.overwrite:
-            raise RunError(
-                f"{run.folder} holds another run (its seeds differ): choose another --results, or "
-                "say --overwrite"
-            )
-        run.record = {}
+        differ.append("other seeds")
+    if differ and not run.options.overwrite:
+        raise RunError(
+            f"{run.folder} holds another run ({'; '.join(differ)}): choose another --results, or "
+            "say --overwrite"
+        )
+    ones = [run.seeded(seed) for seed in seeds]
+    for one in (run, *ones) if differ else ():
+        one.record = {}
+    if seeds:
+        run.record["seeds"] = seeds
     common = [stage for stage in stages if not seeds or stage in ("tune", "compare")]
     work = [(run, stage) for stage in common]
     if seeds:
         each = [stage for stage in stages if stage not in common]
-        ones = [run.seeded(seed) for seed in seeds]
         work += [(one, stage) for one in ones for stage in each]
         last = ["figures"] * ("figures" in each) + ["report"] * bool({"test", "report"} & {*each})
         work += [(run, stage) for stage in last]
     for one, stage in work:
-        if one is not run and not one.record and "train" not in stages:
-            raise RunError(f"{one.folder} holds no run: run --stage train again")
-        if stage == "test" and not one.done("train") and "train" not in stages:
+        needs_training = stage == "test" or one is not run
+        if needs_training and not one.done("train") and "train" not in stages:
             raise RunError(f"{one.folder} holds no trained network: run --stage train first")
         if stage in OPTIONS and not one.options.overwrite:
             options = OPTIONS[stage](one)

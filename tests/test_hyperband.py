@@ -251,6 +251,7 @@ def test_an_objective_gets_a_copy_of_what_is_logged():
         (lambda: hyperband.bracket(3, 26), "s must be an integer from 0 to 2, not 3"),
         (lambda: Uniform(1, 0), "low <= high"),
         (lambda: LogUniform(math.nan, 1), "low <= high"),
+        (lambda: LogUniform(0, 1), "low above 0"),
     ],
 )
 def test_bad_arguments(call, words):

@@ -143,7 +143,7 @@ def test_what_is_done_is_done_once(finished, chain, capsys):
         (["--stage", "test", "--split", "official"], 'holds another run (split "poster"'),
         (["--stage", "test", "--split-seed", "1"], "holds another run (split_seed 0"),
         (["--stage", "test", "--data", "digits"], "holds another run (md5"),
-        (["--stage", "train", "--seeds", "0", "1"], "its seeds differ"),
+        (["--stage", "train", "--seeds", "0", "1"], "other seeds"),
     ],
 )
 def test_a_finished_run_is_not_touched_by_another_command(finished, capsys, words, told):
@@ -219,6 +219,9 @@ def test_several_seeds(tiny, tmp_path, capsys):
     (folder / "seed-4" / "history.csv").unlink()
     status, wrong = verify(capsys, folder)
     assert status == 1 and wrong == ["WRONG    history.csv is missing"]
+    change(folder, "run.json", '"seeds": [', '"seeds": [7,')
+    status, wrong = verify(capsys, folder)
+    assert status == 1 and wrong[0].startswith("WRONG    run.json is not as it was written")
 
 
 def test_overwriting_one_run_with_several(finished, tiny):
@@ -523,7 +526,8 @@ def test_verify_before_the_test_and_without_the_data(tiny, tmp_path, capsys):
     run("--stage", "train", "--data", copy, "--epochs", "1", "--results", folder)
     assert verify(capsys, folder) == (0, [])
     copy.unlink()
-    assert "copy.npz" in refused(capsys, "--stage", "verify", "--results", folder)
+    told = refused(capsys, "--stage", "verify", "--results", folder)
+    assert "copy.npz" in told and "--data, or say --no-model" in told
     assert verify(capsys, folder, "--no-model") == (0, [])
     assert verify(capsys, folder, "--data", str(tiny)) == (0, [])
 
@@ -540,7 +544,7 @@ def test_verify_before_the_test_and_without_the_data(tiny, tmp_path, capsys):
         (["--stage", "report", "--split", "official"], "--split has no effect"),
         (["--stage", "verify", "--seeds", "1", "2"], "--seeds has no effect"),
         (["--eta", "4"], "go with --schedule hyperband"),
-        (["--schedule", "hyperband", "--eta", "1"], "--eta is at least 2"),
+        (["--schedule", "hyperband", "--eta", "1"], "no whole number 2"),
         (["--dask", "here"], "tcp://HOST:PORT"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--epochs", "0"], "no whole number"),
