@@ -198,7 +198,7 @@ def load(
         return _load_digits()
     name = "tissuemnist" if source == "auto" else source
     if name not in MEDMNIST:
-        return _load_npz(Path(source))
+        return _load_npz(Path(source), None)
     path, url, md5 = Path(root).expanduser() / f"{name}.npz", URL.format(name=name), MEDMNIST[name]
     by_hand = f"fetch {url} by hand to {path} (MD5 {md5})"
     if not path.exists():
@@ -218,7 +218,7 @@ def load(
             raise DataError(f"download failed: {error}; run again, or {by_hand}") from error
     if (found := _md5(path)) != md5:
         raise DataError(f"{path} has MD5 {found}, not {md5}: remove it and run again, or {by_hand}")
-    return _load_npz(path)
+    return _load_npz(path, md5)
 
 
 def _download(url: str, path: Path, md5: str, progress: Callable[[int, int], None] | None) -> None:
@@ -264,7 +264,7 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _load_npz(path: Path) -> ImageData:
+def _load_npz(path: Path, md5: str | None) -> ImageData:
     """Load a file in MedMNIST's layout; a part may be empty, a class may not."""
     if not path.is_file():
         raise DataError(
@@ -282,7 +282,7 @@ def _load_npz(path: Path) -> ImageData:
     except Exception as error:  # of numpy, zipfile, zlib, ast: no documented, closed set
         problem = "not of MedMNIST's layout, damaged, or too large for the memory here"
         raise DataError(f"{path}: {problem} ({error!r})") from error
-    md5, class_names = _md5(path), _class_names(path, labels)
+    md5, class_names = md5 or _md5(path), _class_names(path, labels)
     if md5 == MEDMNIST["tissuemnist"]:
         class_names = TISSUEMNIST_CLASSES
     return ImageData(images, labels, class_names, path.stem, str(path), md5, official)

@@ -360,7 +360,7 @@ def fit(
         Written after every epoch. Where it exists, training continues from it, and ends as if it
         had never been interrupted; damaged or of another run, it raises a CheckpointError.
     on_epoch, on_batch : callable, optional
-        ``on_epoch(record)`` after every epoch, those of the checkpoint included;
+        ``on_epoch(record)`` after every epoch that is trained here, not those of the checkpoint;
         ``on_batch(epoch, images_done)`` after every training step.
     """
     device, config, h = resolve_device(device), network.config, hyperparameters
@@ -410,9 +410,6 @@ def fit(
     parts, history = [network, optimizer, scheduler, scaler], []
     if checkpoint is not None and Path(checkpoint).exists():
         history = _restore(checkpoint, run, parts, h.epochs)
-    for record in history:
-        if on_epoch:
-            on_epoch(record)
 
     for epoch in range(len(history), h.epochs):
         started, learning_rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
@@ -599,6 +596,8 @@ def load_network(path: str | os.PathLike) -> PosterCNN:
         content = _load(path)
         network = build(content["config"])
         network.load_state_dict(content["network"])
+    except FileNotFoundError:
+        raise
     except Exception as error:  # torch.load promises no type of error for a damaged file
         raise ModelError(f"{path} is no saved network ({_first_line(error)})") from None
     return network

@@ -229,7 +229,8 @@ class Run:
         begun = self.record.get(stage, {}).get("options", options)
         begun, options = ({**o, **o.get("values", {})} for o in (begun, options))
         for name, value in options.items():
-            if name != "values" and begun.get(name) != value:
+            # The values count, not where they were read.
+            if name not in ("values", "hyperparameters") and begun.get(name) != value:
                 raise RunError(
                     f"{self.folder}: {stage} was begun with {name} {shown(begun.get(name))}, not "
                     f"{shown(value)}: give that, choose another --results, or say --overwrite"
@@ -255,9 +256,15 @@ class Run:
 
     def drop(self, stage: str) -> None:
         """Forget a stage, then remove its files; before it, what follows from it."""
-        tuned = self.record.get("train", {}).get("options", {}).get("hyperparameters") == "tuned"
-        for later in (*FOLLOWING.get(stage, ()), *["train"] * (tuned and stage == "tune")):
+        for later in FOLLOWING.get(stage, ()):
             self.drop(later)
+        if stage == "tune":
+            for later in ("train", "compare"):
+                if is_tuned(self.record, later):
+                    self.drop(later)
+            for seed in self.folder.glob("seed-[0-9]*"):
+                if is_tuned(read_record(seed, damaged_too=True), "train"):
+                    remove(seed)
         if self.record.pop(stage, None):
             self.save()
         for name in FILES[stage]:
@@ -268,22 +275,22 @@ class Run:
         if not self.options.overwrite and (self.folder / "SHA256SUMS").exists():
             for name, problem in changed_files(self.folder):
                 raise RunError(
-                    f"{self.folder / name} {problem}: restore it, or say --overwrite "
-                    "(--stage verify tells more)"
+                    f"{self.folder / name} {problem}; mend that (--stage verify tells more), or "
+                    "say --overwrite"
                 )
 
     def unseal(self, stages: Sequence[str]) -> None:
         """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
         self.folder.mkdir(exist_ok=True)
         if self.options.overwrite:
+            seeds = self.record.get("seeds", [])
             anew = self.images is not None and "data" not in self.record  # another run
-            for stage in FILES if anew else stages:
+            for stage in FILES if anew else [*stages, *["train"] * bool(seeds)]:
                 self.drop(stage)
-            for path in self.folder.glob("seed-[0-9]*") if anew else ():
-                remove(path)
+            for path in self.folder.glob("seed-[0-9]*"):
+                if anew or path.name not in [f"seed-{seed}" for seed in seeds]:
+                    remove(path)
         remove(self.folder / "SHA256SUMS")
-        if "seeds" in self.record:
-            self.drop("report")  # which the seeds' new results would belie
         if self.images is not None:
             self.record["data"] = self.about
             self.save()
@@ -333,13 +340,19 @@ def read_record(folder: Path, damaged_too: bool = False) -> dict[str, Any]:
         if damaged_too:
             return {}
         reason = str(error).splitlines()[0]
-        raise RunError(f"{path} is damaged ({reason}): restore it, or say --overwrite") from None
+        told = f"{path} is damaged ({reason}): restore it, or say --stage all --overwrite"
+        raise RunError(told) from None
     return record
 
 
 def ended(record: dict[str, Any]) -> list[str]:
     """List the stages that have ended, in the order of the chain."""
     return [stage for stage in FILES if record.get(stage, {}).get("seconds") is not None]
+
+
+def is_tuned(record: dict[str, Any], stage: str) -> bool:
+    """Tell whether a stage was begun with the hyperparameters that the search found."""
+    return record.get(stage, {}).get("options", {}).get("hyperparameters") == "tuned"
 
 
 def remove(path: Path) -> None:
@@ -359,7 +372,7 @@ def sha256(path: Path) -> str:
 def files_in(folder: Path) -> list[str]:
     """List what SHA256SUMS lists; the folders of several seeds have their own."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|(^|/)\.[^/]*$|^seed-\d+/", n)]
+    return [n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|(^|/)\.|^seed-\d+/", n)]
 
 
 def changed_files(folder: Path) -> Iterator[tuple[str, str]]:
@@ -370,7 +383,9 @@ def changed_files(folder: Path) -> Iterator[tuple[str, str]]:
     for name in sorted({*listed, *present}):
         if name not in present:
             yield name, "is missing"
-        elif listed.get(name) != sha256(folder / name):
+        elif name not in listed:
+            yield name, "is none of the run's files: remove it"
+        elif listed[name] != sha256(folder / name):
             yield name, "is not as it was written"
 
 
@@ -556,7 +571,7 @@ def trial_executor(options: Namespace) -> Iterator[Executor | None]:
 
 # Uncompiled training allocates its feature maps at each step; glibc's malloc by default gives such
 # large blocks back to the system at once, and the page faults cost 5 to 25 % of a trial's time.
-MALLOC = {"MMAP_THRESHOLD_": 2**32, "TRIM_THRESHOLD_": 2**32, "TOP_PAD_": 2**28}  # bytes
+MALLOC = {"MMAP_THRESHOLD_": 2**32, "TRIM_THRESHOLD_": 2**32}  # bytes
 
 
 def start_processes(count: int) -> ProcessPoolExecutor:
@@ -835,14 +850,15 @@ def compare(run: Run) -> None:
     progress, done = Progress("compare", len(SYSTEMS) * sum(sizes)), 0
     for number, (size, system) in enumerate(itertools.product(sizes, SYSTEMS)):
         if number == len(rows):
+            progress(done, f"{system}, {size:,} images")
             rows.append(measure(run, system, order[:size], options))
             with path.open("a", encoding="utf-8", newline="") as file:
                 file.write(metrics.csv_text(rows[-1], []))
+            cells = dict(zip(COMPARE_HEADER, rows[-1], strict=True))
+            took, takes = cells["train_seconds"], cells["predict_seconds_per_1000"]
+            outcome = f"training {took:.3g} s, prediction of 1,000 {takes:.3g} s"
+            progress(done + size, f"{system}, {size:,} images: {outcome}", step=True)
         done += size
-        cells = dict(zip(COMPARE_HEADER, rows[number], strict=True))
-        took, takes = float(cells["train_seconds"]), float(cells["predict_seconds_per_1000"])
-        outcome = f"training {took:.3g} s, prediction of 1,000 {takes:.3g} s"
-        progress(done, f"{system}, {size:,} images: {outcome}", step=True)
     run.finish("compare", float(sum(column(path, "train_seconds", float))))
 
 
@@ -892,7 +908,8 @@ def figures(run: Run) -> None:
 def report(run: Run) -> None:
     """Write report.md, and of several seeds seeds.csv before it."""
     run.drop("report")
-    if seeds := run.record.get("seeds"):
+    seeds = run.record.get("seeds", [])
+    if seeds and all((run.folder / f"seed-{seed}" / "predictions.csv").exists() for seed in seeds):
         run.write("seeds.csv", metrics.csv_text(*seeds_table(run.folder, seeds)))
     run.write("report.md", report_text(run.folder, run.record))
     print(f"report   {run.folder / 'report.md'}")
@@ -947,7 +964,10 @@ def csv_table(path: Path, last: int | None = None) -> str:
 
 
 def commands(record: dict[str, Any]) -> list[str]:
-    """Give the commands that do a run again, beside it, with every option resolved."""
+    """Give the commands that do a run again, beside it, with every option resolved.
+
+    A device is named as PyTorch does: another machine may not have it.
+    """
     about = record["data"]
     common = {"data": about["source"], "split": about["split"]}
     if about["split"] == "poster":
@@ -957,7 +977,8 @@ def commands(record: dict[str, Any]) -> list[str]:
     for stage in ("tune", "train", "test", "compare"):
         if stage not in record:
             continue
-        options = {**common, **record[stage]["options"]}
+        device = record[stage]["environment"]["device"]
+        options = {**common, "device": device, **record[stage]["options"]}
         if stage == "train" and "seeds" in record:
             options["seeds"] = options.pop("seed")
         words = ["python", "reproduce.py", "--stage", stage]
@@ -1007,9 +1028,9 @@ def differences(folder: Path, name: str, header: Sequence[str], rows: Sequence) 
         yield name, f"has {len(stored)} rows, recomputed {len(rows)}"
     found = []
     for number, (ours, theirs) in enumerate(zip(stored, rows, strict=False), 1):
-        for column, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="")):
+        for k, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="")):
             if not alike(a, str(b)):
-                where = header[column] if column < len(header) else column + 1
+                where = header[k] if k < len(header) else k + 1
                 found.append(f"row {number}, column {where}: {a}, recomputed {b}")
     if found:
         yield name, found[0] + f" (and {len(found) - 1} more cells)" * (len(found) > 1)
@@ -1183,9 +1204,10 @@ def audit(run: Run) -> bool:
         try:
             found = set(problems)
         except FileNotFoundError as error:
-            found = {(Path(error.filename).relative_to(folder).as_posix(), "is missing")}
+            found = {(os.path.relpath(error.filename, folder), "is missing")}
         except (OSError, RunError, *LIBRARIES) as error:
-            found = {(name, str(error))}
+            known = {problem: file for file, problem in told}  # a file has one error in all groups
+            found = {(known.get(str(error), name), str(error))}
         for file, problem in sorted(found - told):
             print(f"WRONG    {file} {problem}")
         if not found:
@@ -1193,7 +1215,7 @@ def audit(run: Run) -> bool:
         elif found <= told:
             print(f"-        {what}: not checked")
         told |= found
-    for name in changed.keys() - {name for name, _ in told}:
+    for name in sorted(changed.keys() - {name for name, _ in told}):
         print(f"WRONG    {name} {changed[name]}")
     if not changed:
         print(f"ok       {len(files_in(folder))} files are as SHA256SUMS has them")
@@ -1220,6 +1242,10 @@ def is_poster(folder: Path) -> bool:
 CHAIN = ("tune", "train", "test", "figures", "report")
 STAGES = {"tune": tune, "train": train, "test": test}
 STAGES |= {"compare": compare, "figures": figures, "report": report}
+# The report tells of everything, so every command ends with it.
+COMMANDS = {"all": CHAIN, "tune": ("tune", "report"), "train": ("train", "report")}
+COMMANDS |= {"test": CHAIN[2:], "compare": ("compare", *CHAIN[3:])}
+COMMANDS |= {"figures": CHAIN[3:], "report": CHAIN[4:]}
 # What decides the outcome of the stages that are done once.
 OPTIONS = {"tune": tuning_options, "train": training_options, "compare": comparison_options}
 
@@ -1294,7 +1320,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--epochs", training, "default: the hyperparameters', 100", **whole)
     text = "of search, weights, order of the images and dropout; default: 0"
     add("--seed", training + " tune", text, default=0, **seed)
-    add("--seeds", "all train", "train and test once with each of these", nargs="+", **seed)
+    text = "train and test once with each; a folder keeps its seeds"
+    add("--seeds", "all train", text, nargs="+", **seed)
     add("--device", "", "auto (default), cpu, cuda, cuda:1, ...", default="auto")
     text = "auto (default): fp16 on a GPU, bf16 on a CPU that has it, else fp32"
     add("--precision", training + " tune", text, choices=model.PRECISIONS, default="auto")
@@ -1332,7 +1359,9 @@ def open_run(options: Namespace) -> Run:
         folder = Path("results", Path(options.data).stem)
     elif stage not in ("all", "tune", "train"):  # looks at a run that is there
         places = [Path("results", name) for name in ("tissuemnist", "digits")]
-        folder = next((place for place in places if place.exists()), places[0])
+        folder = next((place for place in places if place.exists()), None)
+        if folder is None and stage != "compare":
+            raise RunError("there is no run in results: run --stage all first, or name --results")
     if folder is not None:
         record = read_record(folder, options.overwrite or stage == "verify")
         if is_poster(folder) and stage not in ("figures", "verify"):
@@ -1344,9 +1373,6 @@ def open_run(options: Namespace) -> Run:
     if stage == "report" or (stage in ("figures", "verify") and (options.no_model or not record)):
         return Run(folder, None, options)
     about = record.get("data", {})
-    options.split = options.split or about.get("split", "poster")
-    if options.split_seed is None:
-        options.split_seed = about.get("split_seed", 0)
     if options.data == "auto" and about:
         options.data = about["source"]
         if os.sep in options.data and not Path(options.data).exists():
@@ -1362,6 +1388,10 @@ def open_run(options: Namespace) -> Run:
         progress(done, text, step=done == total)
 
     images = data.load(options.data, options.root, stage != "verify", show)
+    about = about if about.get("md5") == images.md5 else {}
+    options.split = options.split or about.get("split", "poster")
+    if options.split_seed is None:
+        options.split_seed = about.get("split_seed", 0)
     return Run(folder or Path("results", images.name), images, options)
 
 
@@ -1371,8 +1401,7 @@ def carry_out(options: Namespace) -> bool:
     options.precision = model.resolve_precision(options.precision, options.device)
     cores = joblib.cpu_count() if options.device.type == "cpu" else 1
     options.workers = options.workers or cores  # of a container's cores, those it may use
-    stages = {"all": CHAIN, "test": CHAIN[2:], "compare": ("compare", *CHAIN[3:])}
-    stages = stages.get(options.stage, (options.stage,))
+    stages = COMMANDS.get(options.stage, ())
     if importlib.util.find_spec("matplotlib") is None:
         if options.stage == "figures":
             raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
@@ -1380,6 +1409,8 @@ def carry_out(options: Namespace) -> bool:
     run = open_run(options)
     if options.stage == "verify":
         return audit_all(run)
+    if is_poster(run.folder):
+        stages = ("figures",)
     folder, work = run.folder, plan(run, stages)
     runs = dict.fromkeys([run, *(one for one, _ in work)])
     print_plan(run, stages)
@@ -1408,40 +1439,42 @@ def carry_out(options: Namespace) -> bool:
 
 def plan(run: Run, stages: Sequence[str]) -> list[tuple[Run, str]]:
     """Say which stages are to be done in which folder; refuse what can't be, before it begins."""
-    seeds = run.options.seeds or run.record.get("seeds", [])
     others = [p for p in run.folder.glob("*") if p.name != ".lock" and p.suffix != ".tmp"]
     if others and not (run.folder / "run.json").exists() and not is_poster(run.folder):
         raise RunError(f"{run.folder} holds other files, and no run.json: choose another --results")
-    known = run.other_data()
-    differ = [f"{key} {shown(known[key])}, not {shown(run.about[key])}" for key in known]
-    if seeds and ("train" in run.record or run.record.get("seeds", seeds) != seeds):
+    options, other = run.options, run.other_data()
+    differ = [f"{key} {shown(other[key])}, not {shown(run.about[key])}" for key in other]
+    begun = [] if other else run.record.get("seeds", [])
+    seeds = options.seeds or begun
+    if seeds and ("train" in run.record or (begun and begun != seeds)):
         differ.append("other seeds")
-    if differ and not run.options.overwrite:
+    if differ and not options.overwrite:
         raise RunError(
             f"{run.folder} holds another run ({'; '.join(differ)}): choose another --results, or "
             "say --overwrite"
         )
     ones = [run.seeded(seed) for seed in seeds]
-    for one in (run, *ones) if differ else ():
+    for one in (run, *ones) if other else ():
         one.record = {}
+    work = [(run, stage) for stage in stages]
     if seeds:
         run.record["seeds"] = seeds
-    common = [stage for stage in stages if not seeds or stage in ("tune", "compare")]
-    work = [(run, stage) for stage in common]
-    if seeds:
-        each = [stage for stage in stages if stage not in common]
-        work += [(one, stage) for one in ones for stage in each]
-        last = ["figures"] * ("figures" in each) + ["report"] * bool({"test", "report"} & {*each})
-        work += [(run, stage) for stage in last]
+        own = [stage for stage in stages if stage in ("tune", "compare")]
+        each = [stage for stage in stages if stage not in own]
+        each = each if "train" in stages or not own else []
+        work = [(run, stage) for stage in own] + [(one, stage) for one in ones for stage in each]
+        work += [(run, stage) for stage in ("figures", "report") if stage in stages]
     for one, stage in work:
         needs_training = stage == "test" or one is not run
         if needs_training and not one.done("train") and "train" not in stages:
             raise RunError(f"{one.folder} holds no trained network: run --stage train first")
-        if stage in OPTIONS and not one.options.overwrite:
-            options = OPTIONS[stage](one)
-            if options is None and "tune" not in stages:
+        if stage in OPTIONS:
+            wanted = OPTIONS[stage](one)
+            anew = options.hyperparameters == "tuned" and "data" not in run.record
+            if (wanted is None or anew) and "tune" not in stages:
                 raise RunError(f"no {run.folder / 'best.json'} yet: run --stage tune first")
-            one.check(stage, options or {})
+            if not options.overwrite:
+                one.check(stage, wanted or {})
     return work
 
 
@@ -1478,8 +1511,8 @@ def compare_with_reference(run: Run) -> None:
     """Say how many predictions are those of our own run, which lies in results/reference."""
     ours = REFERENCE / run.about["name"]
     first, second = read_record(ours), run.record
-    alike = [record.get("train", {}).get("options", {}).get("values") for record in (first, second)]
-    if run.about == first.get("data") and alike[0] == alike[1]:  # else it would mean nothing
+    values = [one.get("train", {}).get("options", {}).get("values") for one in (first, second)]
+    if run.about == first.get("data") and values[0] == values[1]:  # else it would mean nothing
         paths = (folder / "predictions.csv" for folder in (ours, run.folder))
         first, second = (metrics.read_predictions(path).predicted for path in paths)
         print(f"{(first == second).sum()} of {len(first)} predictions are those of {ours}")
@@ -1494,7 +1527,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if carry_out(parse(argv)) else 1
     except KeyboardInterrupt:
         end = "\n" * sys.stdout.isatty()  # of the line that a bar stands in
-        print(f"{end}reproduce.py: interrupted; the same command goes on", file=sys.stderr)
+        again = ", without --overwrite," * ("--overwrite" in (argv or sys.argv))
+        print(f"{end}reproduce.py: interrupted; the same command{again} goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # what read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit

@@ -457,10 +457,11 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, precision, stop):
     else:
         with pytest.raises(KeyboardInterrupt):
             fit_falling(tiny(), **options, **stop)
+    done = len(torch.load(path)["history"]) if path.exists() else 0
     resumed = tiny(seed=9 if path.exists() else 0)
     history = fit_falling(resumed, **options, on_epoch=told.append)
     assert untimed(history) == untimed(expected)
-    assert told == history
+    assert told == history[done:]
     assert same(weights(resumed), weights(straight))
     assert list(tmp_path.iterdir()) == [path]
     again = tiny(seed=9)  # a finished run is not trained on
@@ -713,7 +714,7 @@ def test_apply(folder, capsys, source, n, seed):
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--network ResNet", "invalid choice: 'ResNet'"),
         ("apply model.pt images.npz", "required: OUT.csv"),
-        ("apply none.pt images.npz out.csv", "none.pt is no saved network .*No such file"),
+        ("apply none.pt images.npz out.csv", "No such file or directory: .none.pt"),
         ("apply images.npz images.npz out.csv", "images.npz is no saved network"),
         ("apply model.pt none.npz out.csv", "none.npz: .*No such file"),
         ("apply model.pt model.pt out.csv", "model.pt: no npz of test_images or images"),

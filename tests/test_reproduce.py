@@ -158,12 +158,47 @@ def test_overwrite_drops_what_followed(finished, tiny):
     words = ["--data", tiny, "--epochs", "1", "--precision", "fp32"]
     run("--stage", "train", *words, "--results", finished, "--overwrite")
     names = {path.name for path in finished.iterdir()} - {"roc", ".lock"}
-    assert names == {"run.json", "tuning.jsonl", "best.json", "history.csv", "model.pt"} | {
-        "SHA256SUMS"
-    }
+    kept = {"run.json", "tuning.jsonl", "best.json", "history.csv", "model.pt"}
+    assert names == kept | {"report.md", "SHA256SUMS"}
     (finished / "run.json").write_text("{")
     run("--stage", "train", *words, "--results", finished, "--overwrite")
     assert not (finished / "tuning.jsonl").exists()  # of nobody knows what
+
+
+def test_overwrite_removes_nothing_for_a_command_that_is_refused(finished, tiny, capsys):
+    words = ["--stage", "train", "--hyperparameters", "tuned", "--overwrite"]
+    (finished / "best.json").rename(finished / "away")  # as of an interrupted search
+    before = contents(finished)
+    assert "--stage tune first" in refused(capsys, *words, "--results", finished)
+    (finished / "away").rename(finished / "best.json")
+    words += ["--results", finished, "--data", tiny, "--split-seed", "1"]
+    assert "--stage tune first" in refused(capsys, *words)  # the search was on another split
+    record = (finished / "run.json").read_text()
+    (finished / "run.json").write_text("{")
+    assert "--stage tune first" in refused(capsys, *words[:-2])
+    (finished / "run.json").write_text(record)
+    (finished / "best.json").rename(finished / "away")
+    assert contents(finished) == before
+
+
+def test_overwriting_the_search_drops_what_was_trained_by_it(tiny, tmp_path):
+    words = ["--data", tiny, *SEARCH, "--precision", "fp32", "--results", tmp_path / "run"]
+    tuned = ["--epochs", "1", "--hyperparameters", "tuned"]
+    run("--stage", "all", *words, *tuned, "--seeds", "0", "1")
+    run("--stage", "tune", *words, "--seed", "1", "--overwrite")
+    assert not [*(tmp_path / "run").glob("seed-*")]
+    assert not (tmp_path / "run" / "seeds.csv").exists()
+
+
+def test_overwriting_with_other_data_begins_with_the_defaults(tiny, tmp_path):
+    words = ["--stage", "train", "--epochs", "1", "--precision", "fp32", "--results", tmp_path]
+    folder = tmp_path / "run"
+    run(*words[:-1], folder, "--data", tiny, "--split", "official", "--seeds", "0", "1")
+    write_tiny(tmp_path / "other.npz", size=9)
+    run(*words[:-1], folder, "--data", tmp_path / "other.npz", "--overwrite")
+    record = json.loads((folder / "run.json").read_text())
+    assert record["data"]["split"] == "poster" and "seeds" not in record
+    assert not [*folder.glob("seed-*")]
 
 
 def test_the_reports_commands_do_the_same_again(tiny, tmp_path):
@@ -199,6 +234,8 @@ def test_hyperparameters_from_a_file(tiny, tmp_path, capsys):
 def test_several_seeds(tiny, tmp_path, capsys):
     folder = tmp_path / "seeds"
     words = ["--data", tiny, *SEARCH, "--precision", "fp32", "--epochs", "2", "--results", folder]
+    run("--stage", "train", *words[:2], *words[-6:], "--seeds", "3", "4")
+    assert "seeds.csv" not in (folder / "SHA256SUMS").read_text()  # nothing is tested yet
     run("--stage", "all", *words, "--seeds", "3", "4")
     values = []
     for seed in (3, 4):
@@ -227,9 +264,9 @@ def test_several_seeds(tiny, tmp_path, capsys):
 def test_overwriting_one_run_with_several(finished, tiny):
     words = ["--data", tiny, "--precision", "fp32", "--epochs", "1", "--results", finished]
     run("--stage", "train", *words, "--seeds", "3", "4", "--overwrite")
-    assert {p.name for p in finished.iterdir()} - {".lock"} == {
-        *("run.json", "SHA256SUMS", "seed-3", "seed-4")
-    }
+    names = {"run.json", "report.md", "SHA256SUMS", "seed-3", "seed-4"}
+    names |= {"tuning.jsonl", "best.json"}  # no training's
+    assert {path.name for path in finished.iterdir()} - {".lock"} == names
     run("--stage", "train", *words, "--seeds", "3", "5", "--overwrite")
     assert not (finished / "seed-4").exists()
 
@@ -390,6 +427,15 @@ def test_a_comparable_run_is_drawn_over_the_poster(finished, tiny, monkeypatch):
         assert "poster" in (finished / "figures" / f"{name}.svg").read_text()
 
 
+def test_figures_drawn_later_are_in_the_report(finished, capsys):
+    pytest.importorskip("matplotlib")
+    shutil.rmtree(finished / "figures")
+    mend_sums(finished)
+    run("--stage", "figures", "--results", finished)
+    assert "figures/roc.png" in (finished / "report.md").read_text()
+    assert verify(capsys, finished) == (0, [])
+
+
 def test_the_posters_figures_are_drawn_again(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder = Path(shutil.copytree(reproduce.POSTER, tmp_path / "poster"))
@@ -504,6 +550,9 @@ def test_a_missing_file_spoils_only_the_checks_that_need_it(finished, capsys):
     run("--stage", "verify", "--results", finished, status=1)
     printed = capsys.readouterr().out
     assert "ok       learning rates" in printed and "predictions.csv: not checked" in printed
+    (finished / "model.pt").write_bytes(b"damaged")
+    _, wrong = verify(capsys, finished)
+    assert [line.split()[1] for line in wrong] == ["model.pt", "predictions.csv"]
 
 
 @pytest.mark.parametrize(
@@ -560,6 +609,7 @@ def test_verify_before_the_test_and_without_the_data(tiny, tmp_path, capsys):
         (["--data", "digits", "--hyperparameters", "gone.json"], "gone.json"),
         (["--stage", "verify", "--results", "nowhere"], "nowhere: no such folder"),
         (["--stage", "report", "--results", "nowhere"], "nowhere holds no run"),
+        (["--stage", "test"], "there is no run in results"),
         (["--stage", "test", "--data", "digits"], "run --stage all first"),
     ],
 )
@@ -590,6 +640,10 @@ def test_a_changed_file_is_not_sealed_again(finished, capsys):
     change(finished, "history.csv", "0", "1")
     told = refused(capsys, "--stage", "report", "--results", finished)
     assert "history.csv is not as it was written" in told
+    change(finished, "history.csv", "1", "0")
+    (finished / "notes.txt").write_text("mine")
+    told = refused(capsys, "--stage", "report", "--results", finished)
+    assert "notes.txt is none of the run's files: remove it" in told
 
 
 def test_two_commands_at_a_time(finished, capsys):
