@@ -1429,7 +1429,8 @@ def carry_out(options: Namespace) -> bool:
         if (folder / name).exists():
             print(f"\n{csv_table(folder / name)}")
             break
-    print(f"files    {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    print(f"files    {', '.join(names)} in {folder}")
     if "test" in stages and "seeds" not in run.record:
         compare_with_reference(run)
     if options.data == "auto" and run.images is not None and run.images.name == "digits":
