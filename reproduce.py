@@ -285,8 +285,10 @@ class Run:
         if self.options.overwrite:
             seeds = self.record.get("seeds", [])
             anew = self.images is not None and "data" not in self.record  # another run
-            for stage in FILES if anew else [*stages, *["train"] * bool(seeds)]:
+            for stage in FILES if anew else stages:
                 self.drop(stage)
+            if seeds:
+                self.drop("train")  # of the one run that was here before
             for path in self.folder.glob("seed-[0-9]*"):
                 if anew or path.name not in [f"seed-{seed}" for seed in seeds]:
                     remove(path)
