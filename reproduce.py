@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -604,6 +605,8 @@ def dask_client(address: str) -> Any:
         raise RunError("--dask needs distributed: pip install -r requirements-cluster.txt")
     from distributed import Client
 
+    # Of a lost scheduler it would log a traceback, beside the error that we tell in a line.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         client = Client(address, timeout=10, set_as_default=False)
         for path in (data.__file__, model.__file__, hyperband.__file__, metrics.__file__, __file__):
@@ -1478,6 +1481,8 @@ def plan(run: Run, stages: Sequence[str]) -> list[tuple[Run, str]]:
                 raise RunError(f"no {run.folder / 'best.json'} yet: run --stage tune first")
             if not options.overwrite:
                 one.check(stage, wanted or {})
+            if stage == "tune" and options.dask and (options.overwrite or not run.done("tune")):
+                dask_client(options.dask).close()  # raises where there is none
     return work
 
 

@@ -353,8 +353,8 @@ CLUSTER = """if __name__ == "__main__":
 """
 
 
-def test_trials_on_a_cluster_leave_the_same_log(whole, chain, tmp_path):
-    pytest.importorskip("distributed")
+def test_trials_on_a_cluster_leave_the_same_log(whole, chain, tmp_path, monkeypatch, capsys):
+    distributed = pytest.importorskip("distributed")
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cluster:
         address = cluster.stdout.readline().decode().strip()
@@ -366,6 +366,14 @@ def test_trials_on_a_cluster_leave_the_same_log(whole, chain, tmp_path):
     assert (
         ours["tuning.jsonl"] == theirs["tuning.jsonl"] and ours["best.json"] == theirs["best.json"]
     )
+
+    def absent(*_, **__):
+        raise OSError("nobody there")
+
+    monkeypatch.setattr(distributed, "Client", absent)
+    told = refused(capsys, "--stage", "tune", *words, "--results", tmp_path / "none")
+    assert f"--dask {address}: OSError('nobody there')" in told
+    assert not (tmp_path / "none").exists()
 
 
 # ------------------------------------------------------------------------- beside the poster
