@@ -203,7 +203,9 @@ def load(
     by_hand = f"fetch {url} by hand to {path} (MD5 {md5})"
     if not path.exists():
         if not download:
-            raise DataError(f"{path}: no such file, and downloading is off: {by_hand}")
+            raise DataError(
+                f"{path}: no such file, and downloading is off: name its root, or {by_hand}"
+            )
         try:
             _download(url, path, md5, progress)
         except (OSError, http.client.HTTPException) as error:

@@ -665,6 +665,8 @@ def _print_layers(network: PosterCNN) -> None:
 def _apply(arguments: argparse.Namespace) -> None:
     """Write a network's classes and softmax probabilities of unlabelled images."""
     network = load_network(arguments.model)
+    if not zipfile.is_zipfile(arguments.images):  # np.load would speak of pickles
+        raise ModelError(f"{arguments.images}: no npz file there")
     try:
         with np.load(arguments.images, allow_pickle=False) as archive:
             images = archive["test_images" if "test_images" in archive else "images"]

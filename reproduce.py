@@ -263,22 +263,29 @@ class Run:
             for later in ("train", "compare"):
                 if is_tuned(self.record, later):
                     self.drop(later)
-            for seed in self.folder.glob("seed-[0-9]*"):
-                if is_tuned(read_record(seed, damaged_too=True), "train"):
-                    remove(seed)
+            for path in seed_folders(self.folder):
+                if is_tuned(read_record(path, damaged_too=True), "train"):
+                    remove(path)
         if self.record.pop(stage, None):
             self.save()
         for name in FILES[stage]:
             remove(self.folder / name)
 
-    def check_sums(self) -> None:
-        """Raise RunError where a file was changed: it must not be sealed again as the run's own."""
-        if not self.options.overwrite and (self.folder / "SHA256SUMS").exists():
+    def check_sums(self, stages: Sequence[str]) -> None:
+        """Raise RunError where a file was changed: it must not be sealed again as the run's own.
+
+        What is done again does not matter: with ``--overwrite`` these stages and what follows.
+        """
+        anew = ["run.json"] if self.options.overwrite else []
+        for stage in with_following(stages) if anew else []:
+            anew += FILES[stage]
+        other = self.images is not None and "data" not in self.record  # all of it goes
+        if (self.folder / "SHA256SUMS").exists() and not other:
             for name, problem in changed_files(self.folder):
-                raise RunError(
-                    f"{self.folder / name} {problem}; mend that (--stage verify tells more), or "
-                    "say --overwrite"
-                )
+                if name.split("/")[0] not in anew:
+                    remedy = "restore it, or do its stage again by --overwrite"
+                    remedy = "remove it" if "none of" in problem else remedy
+                    raise RunError(f"{self.folder / name} {problem}: {remedy}")
 
     def unseal(self, stages: Sequence[str]) -> None:
         """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
@@ -290,7 +297,7 @@ class Run:
                 self.drop(stage)
             if seeds:
                 self.drop("train")  # of the one run that was here before
-            for path in self.folder.glob("seed-[0-9]*"):
+            for path in seed_folders(self.folder):
                 if anew or path.name not in [f"seed-{seed}" for seed in seeds]:
                     remove(path)
         remove(self.folder / "SHA256SUMS")
@@ -353,6 +360,16 @@ def ended(record: dict[str, Any]) -> list[str]:
     return [stage for stage in FILES if record.get(stage, {}).get("seconds") is not None]
 
 
+def with_following(stages: Sequence[str]) -> set[str]:
+    """Add the stages that follow from these."""
+    return {*stages}.union(*(with_following(FOLLOWING.get(stage, ())) for stage in stages))
+
+
+def seed_folders(folder: Path) -> list[Path]:
+    """List the folders of several seeds in a folder."""
+    return [path for path in folder.glob("seed-*") if path.name[5:].isdecimal()]
+
+
 def is_tuned(record: dict[str, Any], stage: str) -> bool:
     """Tell whether a stage was begun with the hyperparameters that the search found."""
     return record.get(stage, {}).get("options", {}).get("hyperparameters") == "tuned"
@@ -387,7 +404,7 @@ def changed_files(folder: Path) -> Iterator[tuple[str, str]]:
         if name not in present:
             yield name, "is missing"
         elif name not in listed:
-            yield name, "is none of the run's files: remove it"
+            yield name, "is none of the run's files"
         elif listed[name] != sha256(folder / name):
             yield name, "is not as it was written"
 
@@ -483,8 +500,13 @@ def tuning_options(run: Run) -> dict[str, Any]:
         "retrain": run.options.retrain,
         "seed": run.options.seed,
         "precision": run.options.precision,
-        "space": {name: repr(sampler) for name, sampler in SPACE.items()},
+        "space": tuning_space(),
     }
+
+
+def tuning_space() -> dict[str, str]:
+    """Write SPACE as run.json has it."""
+    return {name: repr(sampler) for name, sampler in SPACE.items()}
 
 
 def brackets(options: dict[str, Any]) -> list[list[hyperband.Rung]]:
@@ -933,6 +955,7 @@ def report_text(folder: Path, record: dict[str, Any]) -> str:
         f"{about['shape'][0]:,} images of {shape} pixels, {len(about['class_names'])} classes, MD5 "
         f"{about['md5']}. Split: {about['split']}, {sizes} for training / validation / test.",
     ]
+    stages = ended(record)
     interval = "95 % intervals: bootstrap over test images, DeLong's for AUC"
     for name, title in (
         ("table.csv", f"Results ({interval})"),
@@ -940,14 +963,14 @@ def report_text(folder: Path, record: dict[str, Any]) -> str:
         ("per_class.csv", "Classes"),
         ("roc/auc.csv", "Area under each ROC curve, by raw logits and by softmax"),
     ):
-        if (folder / name).exists():
+        if "test" in stages and (folder / name).exists():
             parts += [f"## {title}", csv_table(folder / name)]
-    stages = ended(record)
     if "compare" in stages:
-        powers = metrics.markdown_table(["system", *GROWING], growth(folder / "compare.csv"))
         parts += ["## KNN, SVM, NephNet2D and PosterCNN"]
         parts += [csv_table(folder / "compare.csv", last=len(SYSTEMS))]
-        parts += ["Exponent p of the growth n^p with the number n of training images:", powers]
+        if powers := growth(folder / "compare.csv"):
+            parts += ["Exponent p of the growth n^p with the number n of training images:"]
+            parts += [metrics.markdown_table(["system", *GROWING], powers)]
     for name, (*_, caption) in FIGURES.items():
         if (folder / "figures" / f"{name}.png").exists():
             parts += [f"## {caption}", f"![{caption}](figures/{name}.png)"]
@@ -1005,7 +1028,8 @@ LIBRARIES = (data.DataError, model.ModelError, hyperband.SearchError, metrics.Me
 # validation loss and accuracy, which are recomputed in fp32, by the precision of the training.
 LOGIT_TOLERANCE = 1e-4
 VALIDATION_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
-ON_TRUST = "earlier epochs' losses, the trials' losses, seconds, compare.csv"
+ON_TRUST = "training losses and accuracies, validation before the last epoch, the trials' losses, "
+ON_TRUST += "seconds, environments, figures, compare.csv"
 
 Problems = Iterator[tuple[str, str]]  # (file, what is wrong with it)
 
@@ -1047,9 +1071,19 @@ def audit_data(run: Run) -> Problems:
         yield "run.json", f"data, {key}: {shown(stored)}, recomputed {shown(run.about[key])}"
 
 
+def audit_stages(folder: Path, record: dict[str, Any]) -> Problems:
+    """Find the files of stages that run.json does not tell of; nothing else would check them."""
+    for stage in ("tune", "train", "test", "compare"):
+        for name in FILES[stage] if stage not in record else ():
+            if (folder / name).exists():
+                yield name, f"is there, but run.json tells of no {stage}"
+
+
 def audit_search(folder: Path, options: dict[str, Any]) -> Problems:
     """Replay the search: its configurations follow from the seed, the rest from the losses."""
     log, best = folder / "tuning.jsonl", folder / "best.json"
+    if options["space"] != tuning_space():
+        yield "run.json", "tune, space: not the SPACE of this program"
     schedule = brackets(options)
     result = hyperband.replay(log, SPACE, schedule, options["seed"], options["retrain"])
     if best.read_bytes() != best_text(result.best).encode():
@@ -1057,8 +1091,10 @@ def audit_search(folder: Path, options: dict[str, Any]) -> Problems:
 
 
 def audit_training(folder: Path, options: dict[str, Any]) -> Problems:
-    """Replay the learning rates of history.csv; check the tuned hyperparameters."""
-    hyperparameters = model.Hyperparameters(**options["values"])
+    """Replay the learning rates of history.csv; check the hyperparameters that have a name."""
+    hyperparameters, name = model.Hyperparameters(**options["values"]), options["hyperparameters"]
+    if column(folder / "history.csv", "epoch") != [*map(str, range(options["epochs"]))]:
+        yield "history.csv", f"column epoch is not 0 to {options['epochs'] - 1}"
     losses = column(folder / "history.csv", "valid_loss", float)
     stored = column(folder / "history.csv", "learning_rate")
     if len(losses) != hyperparameters.epochs:
@@ -1068,11 +1104,15 @@ def audit_training(folder: Path, options: dict[str, Any]) -> Problems:
         if not alike(a, str(b)):
             yield "history.csv", f"row {number}, column learning_rate: {a}, replayed {b}"
             break
-    if options["hyperparameters"] == "tuned":
-        home = folder if (folder / "best.json").exists() else folder.parent  # of several seeds
-        best = read_hyperparameters(home / "best.json")
-        if replace(best, epochs=hyperparameters.epochs) != hyperparameters:
-            yield "run.json", "train, hyperparameters: not those of best.json"
+    named = {"poster": model.POSTER, "authors": model.AUTHORS}
+    if name == "tuned":  # of several seeds, the search is in the folder around
+        homes = [home for home in (folder, folder.parent) if (home / "best.json").exists()]
+        if not homes:
+            yield "best.json", "is missing, here and in the folder around"
+            return
+        named["tuned"] = read_hyperparameters(homes[0] / "best.json")
+    if name in named and replace(named[name], epochs=options["epochs"]) != hyperparameters:
+        yield "run.json", f"train: the values are not those of the {name} hyperparameters"
 
 
 def audit_network(run: Run) -> Problems:
@@ -1165,6 +1205,8 @@ def checks(run: Run, record: dict[str, Any]) -> Iterator[tuple]:
     """Yield (file to be read, what is checked, problems) of each group of checks."""
     folder, images = run.folder, run.images is not None
     done = ended(record)
+    if record:
+        yield "run.json", "every file is of a stage in run.json", audit_stages(folder, record)
     if record and images:
         yield "run.json", "data and split are those of run.json", audit_data(run)
     if "tune" in done:
@@ -1212,7 +1254,8 @@ def audit(run: Run) -> bool:
             found = {(os.path.relpath(error.filename, folder), "is missing")}
         except (OSError, RunError, *LIBRARIES) as error:
             known = {problem: file for file, problem in told}  # a file has one error in all groups
-            found = {(known.get(str(error), name), str(error))}
+            text = str(error).removeprefix(f"{folder / name}: ")
+            found = {(known.get(text, name), text)}
         for file, problem in sorted(found - told):
             print(f"WRONG    {file} {problem}")
         if not found:
@@ -1222,6 +1265,8 @@ def audit(run: Run) -> bool:
         told |= found
     for name in sorted(changed.keys() - {name for name, _ in told}):
         print(f"WRONG    {name} {changed[name]}")
+    for stage in [key for key in FILES if key in record and key not in ended(record)]:
+        print(f"-        {stage} has not ended: not checked")
     if not changed:
         print(f"ok       {len(files_in(folder))} files are as SHA256SUMS has them")
     if record:
@@ -1260,7 +1305,9 @@ def number_from(least: int, most: int = 2**32 - 1) -> Any:
 
     def convert(text: str) -> int:
         if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number {least} to {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text[:20]!r} is no whole number from {least} to {most}"
+            )
         return int(text)
 
     return convert
@@ -1422,7 +1469,7 @@ def carry_out(options: Namespace) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for one in runs:
-            one.check_sums()
+            one.check_sums([stage for other, stage in work if other is one])
         for one in runs:
             one.unseal([stage for other, stage in work if other is one])
         for one, stage in work:
@@ -1459,6 +1506,8 @@ def plan(run: Run, stages: Sequence[str]) -> list[tuple[Run, str]]:
             f"{run.folder} holds another run ({'; '.join(differ)}): choose another --results, or "
             "say --overwrite"
         )
+    if begun and options.seed and options.stage == "train":
+        raise RunError(f"{run.folder} holds several seeds: leave --seed out, or choose --results")
     ones = [run.seeded(seed) for seed in seeds]
     for one in (run, *ones) if other else ():
         one.record = {}
@@ -1472,8 +1521,11 @@ def plan(run: Run, stages: Sequence[str]) -> list[tuple[Run, str]]:
         work += [(run, stage) for stage in ("figures", "report") if stage in stages]
     for one, stage in work:
         needs_training = stage == "test" or one is not run
-        if needs_training and not one.done("train") and "train" not in stages:
-            raise RunError(f"{one.folder} holds no trained network: run --stage train first")
+        if needs_training and "train" not in stages:
+            if not one.done("train"):
+                raise RunError(f"{one.folder} holds no trained network: run --stage train first")
+            if stage == "test":
+                model.load_network(one.folder / "model.pt")  # raises where it is damaged
         if stage in OPTIONS:
             wanted = OPTIONS[stage](one)
             anew = options.hyperparameters == "tuned" and "data" not in run.record
@@ -1530,7 +1582,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return 0 done, 1 verify found faults, 2 refused, 130 interrupted."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("default", UserWarning)
+            warnings.simplefilter("once", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"NOTE: {message}", file=sys.stderr)
             return 0 if carry_out(parse(argv)) else 1
     except KeyboardInterrupt:

@@ -386,7 +386,7 @@ def test_no_connection(unreachable, server, tmp_path, capsys, monkeypatch, tunne
 
 
 def test_download_off(server, target):
-    with pytest.raises(data.DataError, match="downloading is off: fetch"):
+    with pytest.raises(data.DataError, match="downloading is off: name its root, or fetch"):
         data.load("auto", target.parent, download=False)
     assert not server.asked
 

@@ -178,6 +178,9 @@ def test_overwrite_removes_nothing_for_a_command_that_is_refused(finished, tiny,
     assert "--stage tune first" in refused(capsys, *words[:-2])
     (finished / "run.json").write_text(record)
     (finished / "best.json").rename(finished / "away")
+    (finished / "model.pt").rename(finished / "gone")
+    refused(capsys, "--stage", "test", "--results", finished, "--overwrite")
+    (finished / "gone").rename(finished / "model.pt")
     assert contents(finished) == before
 
 
@@ -524,10 +527,20 @@ FORGERIES = {
         "row 2, column",
     ),
     "the best": (lambda f: change(f, "best.json", '"trial": ', '"trial": 1'), "is not trial"),
-    "a promotion": (demote, "tuning.jsonl: line 4"),
+    "a promotion": (demote, "tuning.jsonl line 4"),
     "the report": (lambda f: change(f, "report.md", "0.", "1."), "report.md line"),
     "the split": (lambda f: change(f, "run.json", '"split_seed": 0', '"split_seed": 1'), "row 2"),
     "the seed": (lambda f: change(f, "run.json", '"seed": 0', '"seed": 1'), "tuning.jsonl"),
+    "a hyperparameter": (
+        lambda f: change(f, "run.json", '"weight_decay": 0.004', '"weight_decay": 0.0004'),
+        "not those of the poster",
+    ),
+    "the space": (lambda f: change(f, "run.json", "high=8", "high=80"), "space: not the SPACE"),
+    "an epoch's number": (lambda f: made_up(f, 1, "epoch", 7), "column epoch is not 0 to 2"),
+    "a stage": (
+        lambda f: change(f, "run.json", '"test": {', '"compare": {'),
+        "run.json tells of no test",
+    ),
     "no matrix": (lambda f: (f / "confusion.csv").unlink(), "confusion.csv is missing"),
 }
 
@@ -601,7 +614,7 @@ def test_verify_before_the_test_and_without_the_data(tiny, tmp_path, capsys):
         (["--stage", "report", "--split", "official"], "--split has no effect"),
         (["--stage", "verify", "--seeds", "1", "2"], "--seeds has no effect"),
         (["--eta", "4"], "go with --schedule hyperband"),
-        (["--schedule", "hyperband", "--eta", "1"], "no whole number 2"),
+        (["--schedule", "hyperband", "--eta", "1"], "no whole number from 2"),
         (["--dask", "here"], "tcp://HOST:PORT"),
         (["--seeds", "1", "1"], "two or more different seeds"),
         (["--epochs", "0"], "no whole number"),
@@ -648,6 +661,7 @@ def test_a_changed_file_is_not_sealed_again(finished, capsys):
     change(finished, "history.csv", "0", "1")
     told = refused(capsys, "--stage", "report", "--results", finished)
     assert "history.csv is not as it was written" in told
+    refused(capsys, "--stage", "report", "--results", finished, "--overwrite")  # it stays
     change(finished, "history.csv", "1", "0")
     (finished / "notes.txt").write_text("mine")
     told = refused(capsys, "--stage", "report", "--results", finished)
