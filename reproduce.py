@@ -1,9 +1,9 @@
 """Regenerate the table and the ROC curves of "Medical Image Classification Model Based on CNN".
 
 ``python reproduce.py --stage all`` searches hyperparameters, trains with the poster's, tests,
-draws, reports and verifies, in ``results/<data set>/``: on TissueMNIST, the poster's images, in an
-hour or two on two CPU cores; where there is no network on scikit-learn's digits, in minutes. What
-was interrupted goes on when the same command is given again.
+draws, reports and verifies, in ``results/<data set>/``: on TissueMNIST, the poster's images, in
+some two hours on two CPU cores; where there is no network on scikit-learn's digits, in minutes.
+What was interrupted goes on when the same command is given again.
 
 From top to bottom: what the poster says; the terminal; the results folder (`Run`); the stages, in
 the order of the chain; the audit; the command line. Start reading at `main`, the last function.
@@ -276,16 +276,15 @@ class Run:
 
         What is done again does not matter: with ``--overwrite`` these stages and what follows.
         """
-        anew = ["run.json"] if self.options.overwrite else []
-        for stage in with_following(stages) if anew else []:
-            anew += FILES[stage]
+        if not (self.folder / "SHA256SUMS").exists():
+            return
+        redone = ["run.json", *(n for stage in with_following(stages) for n in FILES[stage])]
         other = self.images is not None and "data" not in self.record  # all of it goes
-        if (self.folder / "SHA256SUMS").exists() and not other:
-            for name, problem in changed_files(self.folder):
-                if name.split("/")[0] not in anew:
-                    remedy = "restore it, or do its stage again by --overwrite"
-                    remedy = "remove it" if "none of" in problem else remedy
-                    raise RunError(f"{self.folder / name} {problem}: {remedy}")
+        for name, problem in changed_files(self.folder):
+            if not (self.options.overwrite and (other or name.split("/")[0] in redone)):
+                remedy = "restore it, or do its stage again by --overwrite"
+                remedy = "remove it" if "none of" in problem else remedy
+                raise RunError(f"{self.folder / name} {problem}: {remedy}")
 
     def unseal(self, stages: Sequence[str]) -> None:
         """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
@@ -1093,12 +1092,11 @@ def audit_search(folder: Path, options: dict[str, Any]) -> Problems:
 def audit_training(folder: Path, options: dict[str, Any]) -> Problems:
     """Replay the learning rates of history.csv; check the hyperparameters that have a name."""
     hyperparameters, name = model.Hyperparameters(**options["values"]), options["hyperparameters"]
-    if column(folder / "history.csv", "epoch") != [*map(str, range(options["epochs"]))]:
-        yield "history.csv", f"column epoch is not 0 to {options['epochs'] - 1}"
+    epochs = hyperparameters.epochs
+    if column(folder / "history.csv", "epoch") != [*map(str, range(epochs))]:
+        yield "history.csv", f"column epoch is not 0 to {epochs - 1}"
     losses = column(folder / "history.csv", "valid_loss", float)
     stored = column(folder / "history.csv", "learning_rate")
-    if len(losses) != hyperparameters.epochs:
-        yield "history.csv", f"has {len(losses)} epochs, run.json {hyperparameters.epochs}"
     replayed = model.learning_rates(hyperparameters, losses)
     for number, (a, b) in enumerate(zip(stored, replayed, strict=True), 2):
         if not alike(a, str(b)):
@@ -1111,7 +1109,7 @@ def audit_training(folder: Path, options: dict[str, Any]) -> Problems:
             yield "best.json", "is missing, here and in the folder around"
             return
         named["tuned"] = read_hyperparameters(homes[0] / "best.json")
-    if name in named and replace(named[name], epochs=options["epochs"]) != hyperparameters:
+    if name in named and replace(named[name], epochs=epochs) != hyperparameters:
         yield "run.json", f"train: the values are not those of the {name} hyperparameters"
 
 
