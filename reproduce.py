@@ -1004,7 +1004,7 @@ def commands(record: dict[str, Any]) -> list[str]:
     for stage in ("tune", "train", "test", "compare"):
         if stage not in record:
             continue
-        device = record[stage]["environment"]["device"]
+        device = record[stage]["environment"].get("device", "auto")
         options = {**common, "device": device, **record[stage]["options"]}
         if stage == "train" and "seeds" in record:
             options["seeds"] = options.pop("seed")
