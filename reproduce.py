@@ -642,8 +642,7 @@ def dask_client(address: str) -> Any:
 
 # --------------------------------------------------------------------------------------- train
 
-
-NAMED = ("poster", "authors", "tuned")
+NAMED = {"poster": model.POSTER, "authors": model.AUTHORS}  # and tuned, which is in best.json
 
 
 def read_hyperparameters(path: Path) -> model.Hyperparameters:
@@ -662,10 +661,8 @@ def chosen_hyperparameters(run: Run) -> model.Hyperparameters | None:
     name, best = run.options.hyperparameters, run.home / "best.json"
     if name == "tuned" and not best.exists():
         return None
-    if name in ("poster", "authors"):
-        chosen = model.POSTER if name == "poster" else model.AUTHORS
-    else:
-        chosen = read_hyperparameters(best if name == "tuned" else Path(name))
+    path = best if name == "tuned" else Path(name)
+    chosen = NAMED.get(name) or read_hyperparameters(path)
     return replace(chosen, epochs=run.options.epochs or chosen.epochs)
 
 
@@ -676,7 +673,7 @@ def training_options(run: Run) -> dict[str, Any] | None:
         return None
     images, compile = len(run.split.train), run.options.compile
     return {
-        "hyperparameters": name if name in NAMED else str(Path(name).resolve()),
+        "hyperparameters": name if name in (*NAMED, "tuned") else str(Path(name).resolve()),
         "epochs": chosen.epochs,
         "seed": run.options.seed,
         "precision": run.options.precision,
@@ -1102,14 +1099,14 @@ def audit_training(folder: Path, options: dict[str, Any]) -> Problems:
         if not alike(a, str(b)):
             yield "history.csv", f"row {number}, column learning_rate: {a}, replayed {b}"
             break
-    named = {"poster": model.POSTER, "authors": model.AUTHORS}
+    named = NAMED.get(name)  # a file of the user's own is not here
     if name == "tuned":  # of several seeds, the search is in the folder around
         homes = [home for home in (folder, folder.parent) if (home / "best.json").exists()]
         if not homes:
             yield "best.json", "is missing, here and in the folder around"
             return
-        named["tuned"] = read_hyperparameters(homes[0] / "best.json")
-    if name in named and replace(named[name], epochs=epochs) != hyperparameters:
+        named = read_hyperparameters(homes[0] / "best.json")
+    if named and replace(named, epochs=epochs) != hyperparameters:
         yield "run.json", f"train: the values are not those of the {name} hyperparameters"
 
 
