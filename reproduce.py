@@ -37,7 +37,9 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,7 @@ class Progress:
         self.drawn = now
         if self.first < done < self.total:
             left = (now - self.started) * (self.total - done) / (done - self.first)
-            text += f"  ETA {duration(left)}"
+            text += f"  ETA {timedelta(seconds=round(left))}"
         if self.live:
             share = min(1.0, done / self.total)
             width = shutil.get_terminal_size().columns - 1
@@ -134,34 +136,18 @@ class Progress:
             print(f"{self.label:<8} {text}", flush=True)
 
 
-def duration(seconds: float) -> str:
-    """Write seconds as 12s, 3m05s or 2h07m."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def shown(value: Any) -> str:
-    """Write a JSON value in few characters."""
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
 # -------------------------------------------------------------------------- the results folder
 
 # What each stage writes: removed where the stage begins anew, and with it what follows from it.
 FILES = {
     "tune": ("tuning.jsonl", "best.json", "trials"),
     "train": ("history.csv", "model.pt", "training.pt"),
-    "test": ("predictions.csv", "confusion.csv", "per_class.csv", "table.csv", "roc"),
+    "test": ("predictions.csv", "confusion.csv", "per_class.csv", "table.csv", "roc", "seeds.csv"),
     "compare": ("compare.csv",),
     "figures": ("figures",),
-    "report": ("seeds.csv", "report.md"),
+    "report": ("report.md",),
 }
 FOLLOWING = {"train": ("test",)} | dict.fromkeys(("tune", "test", "compare"), ("figures", "report"))
-# By these an interrupted stage goes on; done, it needs them no more.
-UNFINISHED = {"tune": "trials", "train": "training.pt"}
 
 
 class Run:
@@ -169,31 +155,32 @@ class Run:
 
     `record` is run.json: under "data" what `describe` says of images and split; under the name of
     a stage that was begun the "options" that decide its outcome, the "environment" and, once it is
-    done, its "seconds"; under "seeds" the seeds of the folders inside. `home` is the folder with
-    the search: this one or, of one of several seeds, the one around it.
+    done, its "seconds". `sums` is SHA256SUMS. `seeds` are those of several trainings, each in a
+    folder inside; `home` is the folder with the search: this one, or of such a seed the one around.
     """
 
     def __init__(self, folder: Path, images: data.ImageData | None, options: Namespace) -> None:
-        self.folder = self.home = folder
-        self.images, self.options = images, options
-        self.record = read_record(folder, options.overwrite or options.stage == "verify")
+        self.folder, self.images, self.options = folder, images, options
+        inside = re.fullmatch(r"seed-\d+", folder.name) and (folder.parent / "run.json").exists()
+        self.home = folder.parent if inside else folder
+        self.record, self.sums = read_record(folder, options), read_sums(folder)
         if images is not None:
             self.split = data.split(images, options.split, options.split_seed)
             self.about = describe(images, self.split, options)
 
-    def seeded(self, seed: int) -> Run:
-        """Give the run of one of several seeds, in a folder inside this one."""
-        options = Namespace(**{**vars(self.options), "seed": seed})
-        run = Run(self.folder / f"seed-{seed}", self.images, options)
-        run.home = self.folder
-        return run
+    @property
+    def seeds(self) -> list[Run]:
+        """The runs of several seeds: those of the training that is here, or to be done."""
+        seeds = self.options.seeds or []
+        if self.options.stage not in ("all", "train"):
+            seeds = self.record.get("train", {}).get("options", {}).get("seeds", [])
+        options = [Namespace(**{**vars(self.options), "seed": n, "seeds": None}) for n in seeds]
+        return [Run(self.folder / f"seed-{one.seed}", self.images, one) for one in options]
 
     def other_data(self) -> dict[str, Any]:
         """Return what run.json says otherwise of data and split; a moved file is the same data."""
-        if self.images is None:
-            return {}
-        known = self.record.get("data", self.about)
-        names = [key for key in known if key not in ("name", "source")]
+        known = self.record.get("data", {}) if self.images is not None else {}
+        names = [name for name in known if name not in ("name", "source")]
         return {name: known[name] for name in names if known[name] != self.about[name]}
 
     def part(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -216,14 +203,16 @@ class Run:
         """Write a file, whole or not at all."""
         (self.folder / name).parent.mkdir(exist_ok=True)
         metrics.write(self.folder / name, content)
+        self.sums.pop(name, None)
 
     def save(self) -> None:
         """Write run.json."""
         self.write("run.json", json.dumps(self.record, indent=1, allow_nan=False) + "\n")
 
-    def done(self, stage: str) -> bool:
-        """Tell whether a stage has ended."""
-        return stage in ended(self.record)
+    @property
+    def done(self) -> list[str]:
+        """The stages that have ended, in the order of the chain."""
+        return [key for key in FILES if self.record.get(key, {}).get("seconds") is not None]
 
     def check(self, stage: str, options: dict[str, Any]) -> None:
         """Raise RunError where the stage was begun with other options."""
@@ -233,18 +222,19 @@ class Run:
             # The values count, not where they were read.
             if name not in ("values", "hyperparameters") and begun.get(name) != value:
                 raise RunError(
-                    f"{self.folder}: {stage} was begun with {name} {shown(begun.get(name))}, not "
-                    f"{shown(value)}: give that, choose another --results, or say --overwrite"
+                    f"{self.folder}: {stage} was begun with {name} {begun.get(name)!r:.120}, not "
+                    f"{value!r:.120}: give that, choose another --results, or say --overwrite"
                 )
 
     def begin(self, stage: str, options: dict[str, Any]) -> bool:
         """Record what a stage is about to do, and where; False where it is done already."""
         self.check(stage, options)
-        if self.done(stage):
+        if stage in self.done:
             print(f"{stage:<8} done already")
             return False
         if stage not in self.record:
             self.drop(stage)  # what an interrupted removal has left is of another run
+        self.forget(stage)
         where = environment(self.options.device)
         self.record[stage] = {"options": options, "environment": where, "seconds": None}
         self.save()
@@ -255,62 +245,52 @@ class Run:
         self.record[stage]["seconds"] = seconds
         self.save()
 
+    def forget(self, stage: str) -> None:
+        """Hash the files of a stage anew when the folder is sealed."""
+        self.sums = {n: s for n, s in self.sums.items() if n.split("/")[0] not in FILES[stage]}
+
     def drop(self, stage: str) -> None:
         """Forget a stage, then remove its files; before it, what follows from it."""
         for later in FOLLOWING.get(stage, ()):
             self.drop(later)
-        if stage == "tune":
-            for later in ("train", "compare"):
-                if is_tuned(self.record, later):
-                    self.drop(later)
-            for path in seed_folders(self.folder):
-                if is_tuned(read_record(path, damaged_too=True), "train"):
-                    remove(path)
+        for later in ("train", "compare") if stage == "tune" else ():
+            options = self.record.get(later, {}).get("options", {})
+            if options.get("hyperparameters") == "tuned":
+                self.drop(later)
         if self.record.pop(stage, None):
             self.save()
+        self.forget(stage)
+        for path in self.folder.glob("seed-*") if stage == "train" else ():
+            if path.name[5:].isdecimal():
+                remove(path)
         for name in FILES[stage]:
             remove(self.folder / name)
 
-    def check_sums(self, stages: Sequence[str]) -> None:
-        """Raise RunError where a file was changed: it must not be sealed again as the run's own.
-
-        What is done again does not matter: with ``--overwrite`` these stages and what follows.
-        """
-        if not (self.folder / "SHA256SUMS").exists():
-            return
-        redone = ["run.json", *(n for stage in with_following(stages) for n in FILES[stage])]
-        other = self.images is not None and "data" not in self.record  # all of it goes
-        for name, problem in changed_files(self.folder):
-            if not (self.options.overwrite and (other or name.split("/")[0] in redone)):
-                remedy = "restore it, or do its stage again by --overwrite"
-                remedy = "remove it" if "none of" in problem else remedy
-                raise RunError(f"{self.folder / name} {problem}: {remedy}")
-
     def unseal(self, stages: Sequence[str]) -> None:
         """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.options.overwrite:
-            seeds = self.record.get("seeds", [])
-            anew = self.images is not None and "data" not in self.record  # another run
-            for stage in FILES if anew else stages:
+            other = self.images is not None and "data" not in self.record
+            for stage in FILES if other else stages:
                 self.drop(stage)
-            if seeds:
-                self.drop("train")  # of the one run that was here before
-            for path in seed_folders(self.folder):
-                if anew or path.name not in [f"seed-{seed}" for seed in seeds]:
-                    remove(path)
         remove(self.folder / "SHA256SUMS")
         if self.images is not None:
             self.record["data"] = self.about
             self.save()
 
     def seal(self) -> None:
-        """Write SHA256SUMS, which says that the folder is at rest."""
-        for stage, name in UNFINISHED.items():
-            for path in self.folder.glob(f"{name}*") if self.done(stage) else ():
+        """Write SHA256SUMS, which says that the folder is at rest.
+
+        A file that this command has not written keeps its line: what was changed by hand, or is
+        missing, is never sealed as the run's own.
+        """
+        # By these an interrupted stage goes on; done, it needs them no more.
+        for stage, name in (("tune", "trials"), ("train", "training.pt")):
+            for path in self.folder.glob(f"{name}*") if stage in self.done else ():
                 remove(path)
-        sums = (f"{sha256(self.folder / name)}  {name}\n" for name in files_in(self.folder))
-        self.write("SHA256SUMS", "".join(sums))
+        new = {n: sha256(self.folder / n) for n in files_in(self.folder) if n not in self.sums}
+        lines = (f"{digest}  {name}\n" for name, digest in sorted((self.sums | new).items()))
+        metrics.write(self.folder / "SHA256SUMS", "".join(lines))
 
 
 def describe(images: data.ImageData, split: data.Split, options: Namespace) -> dict[str, Any]:
@@ -332,46 +312,21 @@ def describe(images: data.ImageData, split: data.Split, options: Namespace) -> d
     }
 
 
-def read_record(folder: Path, damaged_too: bool = False) -> dict[str, Any]:
-    """Read a folder's run.json; {} where there is none; of one that is not ours {} or RunError."""
+def read_record(folder: Path, options: Namespace) -> dict[str, Any]:
+    """Read run.json; {} where there is none or, to overwrite or verify it, a damaged one."""
     path = folder / "run.json"
-    about = ["name", "source", "md5", "split", "split_seed", "shape", "class_names"]
-    about += ["sizes", "test_counts"]
     try:
         record = json.loads(path.read_bytes())
-        stages = {key: entry for key, entry in record.items() if key not in ("data", "seeds")}
-        known = [entry.keys() == {"options", "environment", "seconds"} for entry in stages.values()]
-        if [*record["data"]] != about or not all(known) or stages.keys() - FILES.keys():
-            raise ValueError("its keys are not those that this program writes")
+        known = read_sums(folder).get("run.json")
+        if record["data"]["test_counts"] and known in (None, sha256(path)):
+            return record
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if damaged_too:
-            return {}
-        reason = str(error).splitlines()[0]
-        told = f"{path} is damaged ({reason}): restore it, or say --stage all --overwrite"
-        raise RunError(told) from None
-    return record
-
-
-def ended(record: dict[str, Any]) -> list[str]:
-    """List the stages that have ended, in the order of the chain."""
-    return [stage for stage in FILES if record.get(stage, {}).get("seconds") is not None]
-
-
-def with_following(stages: Sequence[str]) -> set[str]:
-    """Add the stages that follow from these."""
-    return {*stages}.union(*(with_following(FOLLOWING.get(stage, ())) for stage in stages))
-
-
-def seed_folders(folder: Path) -> list[Path]:
-    """List the folders of several seeds in a folder."""
-    return [path for path in folder.glob("seed-*") if path.name[5:].isdecimal()]
-
-
-def is_tuned(record: dict[str, Any], stage: str) -> bool:
-    """Tell whether a stage was begun with the hyperparameters that the search found."""
-    return record.get(stage, {}).get("options", {}).get("hyperparameters") == "tuned"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    if options.overwrite or options.stage == "verify":
+        return {}
+    raise RunError(f"{path} is damaged: restore it, or say --stage all --overwrite")
 
 
 def remove(path: Path) -> None:
@@ -388,24 +343,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_in(folder: Path) -> list[str]:
-    """List what SHA256SUMS lists; the folders of several seeds have their own."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|(^|/)\.|^seed-\d+/", n)]
+def files_in(folder: Path) -> set[str]:
+    """Name the files that SHA256SUMS lists; the folders of several seeds have their own."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|(^|/)\.|^seed-\d+/", n)}
 
 
-def changed_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (file, problem) of every file that is not as SHA256SUMS has it."""
-    text = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
-    listed = dict(reversed(line.split("  ", 1)) for line in text.splitlines() if "  " in line)
-    present = files_in(folder)
-    for name in sorted({*listed, *present}):
-        if name not in present:
-            yield name, "is missing"
-        elif name not in listed:
-            yield name, "is none of the run's files"
-        elif listed[name] != sha256(folder / name):
-            yield name, "is not as it was written"
+def read_sums(folder: Path) -> dict[str, str]:
+    """Read SHA256SUMS: a digest a file; {} where there is none."""
+    path = folder / "SHA256SUMS"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return dict(reversed(line.split("  ", 1)) for line in text.splitlines() if "  " in line)
 
 
 @contextlib.contextmanager
@@ -430,10 +378,9 @@ def environment(device: Any) -> dict[str, Any]:
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", str(Path(__file__).resolve().parent)]
-        settings = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **settings).stdout.strip()
-        if subprocess.run([*git, "status", "--porcelain", "--", "*.py"], **settings).stdout:
-            commit += " with changes"
+        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        ran = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+        commit = ran.stdout.strip()
     return {
         **model.environment(device),
         "python": platform.python_version(),
@@ -446,66 +393,39 @@ def environment(device: Any) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------- tune
 
-TUNING_ARRAYS = ("train_images", "train_labels", "valid_images", "valid_labels")
 
+def trial_loss(
+    arrays: Sequence[np.ndarray],
+    network: dict[str, Any],
+    settings: dict[str, Any],
+    configuration: dict[str, Any],
+    previous: int,
+    resource: int,
+    folder: Path,
+) -> float:
+    """Train a configuration on from its checkpoint; return its validation loss after `resource`.
 
-@dataclass(frozen=True)
-class Objective:
-    """Validation loss of a configuration after `resource` epochs on the tuning images.
-
-    Pickles small: the images are in files, which the workers of one machine map and so share.
+    `arrays` are images and labels for training and for validation; `network`, but for its width, is
+    a `config` of `model.build`.
     """
-
-    network: dict[str, Any]
-    arrays: Path
-    seed: int
-    device: Any
-    precision: str
-
-    def __call__(
-        self, configuration: dict[str, Any], previous: int, resource: int, folder: Path
-    ) -> float:
-        """Train on from the checkpoint in `folder`, where there is one."""
-        hyperparameters = replace(model.POSTER, **configuration, epochs=resource)
-        network = {**self.network, "num_features": hyperparameters.num_features}
-        # Copy on write: PyTorch shares no read-only array, and nothing writes to it.
-        arrays = [np.load(self.arrays / f"{name}.npy", mmap_mode="c") for name in TUNING_ARRAYS]
-        checkpoint = folder / "training.pt"
-        while True:
-            try:
-                with model.one_thread():  # so that losses do not depend on the number of workers
-                    history = model.fit(
-                        model.build(network, self.seed),
-                        *arrays,
-                        hyperparameters,
-                        seed=self.seed,
-                        device=self.device,
-                        precision=self.precision,
-                        compile="off",  # a trial is too short for it
-                        checkpoint=checkpoint,
-                    )
-                return history[-1].valid_loss
-            except model.CheckpointError:  # damaged, which is no fault of the configuration
-                checkpoint.unlink()
+    hyperparameters = replace(model.POSTER, **configuration, epochs=resource)
+    network = {**network, "num_features": hyperparameters.num_features}
+    settings = {**settings, "compile": "off", "checkpoint": folder / "training.pt"}
+    try:
+        with model.one_thread():  # so that losses do not depend on the number of workers
+            built = model.build(network, settings["seed"])
+            return model.fit(built, *arrays, hyperparameters, **settings)[-1].valid_loss
+    except model.CheckpointError:  # damaged, which is no fault of the configuration
+        settings["checkpoint"].unlink()
+        return trial_loss(arrays, network, settings, configuration, previous, resource, folder)
 
 
 def tuning_options(run: Run) -> dict[str, Any]:
-    """Say what decides the search's outcome, beside the data."""
-    options = {"schedule": run.options.schedule}
+    """Say what decides the search's outcome, beside the data and SPACE."""
+    names = ["schedule", "retrain", "seed", "precision"]
     if run.options.schedule == "hyperband":
-        options |= {"max_resource": run.options.max_resource or 81, "eta": run.options.eta or 3}
-    return {
-        **options,
-        "retrain": run.options.retrain,
-        "seed": run.options.seed,
-        "precision": run.options.precision,
-        "space": tuning_space(),
-    }
-
-
-def tuning_space() -> dict[str, str]:
-    """Write SPACE as run.json has it."""
-    return {name: repr(sampler) for name, sampler in SPACE.items()}
+        names += ["max_resource", "eta"]
+    return {name: getattr(run.options, name) for name in names}
 
 
 def brackets(options: dict[str, Any]) -> list[list[hyperband.Rung]]:
@@ -521,14 +441,8 @@ def tune(run: Run) -> None:
     if not run.begin("tune", options):
         return
     schedule, seed, retrain = brackets(options), options["seed"], options["retrain"]
-    trials = run.folder.absolute() / "trials"
-    trials.mkdir(exist_ok=True)
     split = data.tuning_split(run.split, TUNING_IMAGES, seed)
     arrays = *run.part(split.train), *run.part(split.valid)
-    for name, array in zip(TUNING_ARRAYS, arrays, strict=True):
-        # Moved into place: a worker that outlives a killed search may have the old one mapped.
-        np.save(trials / f"{name}.tmp.npy", array)
-        (trials / f"{name}.tmp.npy").replace(trials / f"{name}.npy")
     total = sum(hyperband.total_resource(rungs, retrain) for rungs in schedule)
     progress = Progress("tune", total)
     epochs, lowest = 0, math.inf
@@ -536,9 +450,8 @@ def tune(run: Run) -> None:
     def on_trial(trial: hyperband.Trial, replayed: bool) -> None:
         nonlocal epochs, lowest
         rungs = schedule[trial.bracket]
-        epochs += trial.resource
-        if trial.rung > 0 and not retrain:
-            epochs -= rungs[trial.rung - 1].resource
+        continued = trial.rung > 0 and not retrain
+        epochs += trial.resource - (rungs[trial.rung - 1].resource if continued else 0)
         lowest = min(lowest, math.inf if trial.loss is None else trial.loss)
         if replayed:  # which says nothing of the speed of what follows
             return
@@ -547,8 +460,8 @@ def tune(run: Run) -> None:
         text = f"{epochs}/{total} epochs, rung {at}, trial {trial.trial}: {outcome}"
         progress(epochs, f"{text}, lowest {lowest:.4f}", step=True)
 
-    network, device = run.network(model.POSTER), run.options.device
-    objective = Objective(network, trials, seed, device, options["precision"])
+    settings = {"seed": seed, "device": run.options.device, "precision": options["precision"]}
+    objective = partial(trial_loss, arrays, run.network(model.POSTER), settings)
     with trial_executor(run.options) as executor:
         result = hyperband.search(
             objective,
@@ -556,7 +469,7 @@ def tune(run: Run) -> None:
             schedule,
             seed,
             log=run.folder / "tuning.jsonl",
-            folder=trials,
+            folder=run.folder.absolute() / "trials",
             retrain=retrain,
             executor=executor,
             on_trial=on_trial,
@@ -647,37 +560,27 @@ NAMED = {"poster": model.POSTER, "authors": model.AUTHORS}  # and tuned, which i
 
 def read_hyperparameters(path: Path) -> model.Hyperparameters:
     """Read hyperparameters from a JSON object of them, or from its key of that name."""
+    content = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
-        return model.Hyperparameters(**content.get("hyperparameters", content))
-    except OSError as error:
-        raise RunError(f"hyperparameters {path}: {error.strerror}") from None
+        found = json.loads(content)
+        return model.Hyperparameters(**found.get("hyperparameters", found))
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RunError(f"{path} holds no hyperparameters: {error}") from None
 
 
-def chosen_hyperparameters(run: Run) -> model.Hyperparameters | None:
-    """Give what ``--hyperparameters`` names; None for `tuned` where no search has ended."""
-    name, best = run.options.hyperparameters, run.home / "best.json"
-    if name == "tuned" and not best.exists():
-        return None
-    path = best if name == "tuned" else Path(name)
+def training_options(run: Run) -> dict[str, Any]:
+    """Say what decides the training's outcome, beside the data; `tuned` needs best.json."""
+    options, name = run.options, run.options.hyperparameters
+    path = run.home / "best.json" if name == "tuned" else Path(name)
     chosen = NAMED.get(name) or read_hyperparameters(path)
-    return replace(chosen, epochs=run.options.epochs or chosen.epochs)
-
-
-def training_options(run: Run) -> dict[str, Any] | None:
-    """Say what decides the training's outcome, beside the data; None before a search has ended."""
-    chosen, name = chosen_hyperparameters(run), run.options.hyperparameters
-    if chosen is None:
-        return None
-    images, compile = len(run.split.train), run.options.compile
+    chosen = replace(chosen, epochs=options.epochs or chosen.epochs)
+    images, network = len(run.split.train), run.network(chosen)
     return {
-        "hyperparameters": name if name in (*NAMED, "tuned") else str(Path(name).resolve()),
+        "hyperparameters": name if name in (*NAMED, "tuned") else str(path.resolve()),
         "epochs": chosen.epochs,
-        "seed": run.options.seed,
-        "precision": run.options.precision,
-        "compile": model.resolve_compile(compile, run.network(chosen), images, chosen.epochs),
+        **({"seeds": options.seeds} if options.seeds else {"seed": options.seed}),
+        "precision": options.precision,
+        "compile": model.resolve_compile(options.compile, network, images, chosen.epochs),
         "values": asdict(chosen),
     }
 
@@ -761,20 +664,15 @@ def derived(predictions: metrics.Predictions, about: dict[str, Any]) -> dict[str
     return {**tables, "table.csv": (header, rows)}
 
 
-def seeds_table(folder: Path, seeds: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
+def seeds_table(run: Run) -> tuple[list[str], list[list[Any]]]:
     """Give header and rows of seeds.csv: how the figures of several seeds spread."""
-    summaries = []
-    for seed in seeds:
-        read = metrics.read_predictions(folder / f"seed-{seed}" / "predictions.csv")
-        summaries.append(metrics.summary(read.labels, read.predicted, read.logits.shape[1]))
+    read = [metrics.read_csv(one.folder / "table.csv")[1] for one in run.seeds]
     rows = []
-    for key, name in METRIC_NAMES.items():
-        values = [summary[key] for summary in summaries]
-        apart = [abs(a - b) for a, b in itertools.combinations(values, 2)]
-        mean, deviation = statistics.fmean(values), statistics.stdev(values)
-        spread = [min(values), max(values), statistics.fmean(apart), max(apart)]
-        rows.append([name, len(values), mean, deviation, *spread])
-    return ["metric", "runs", "mean", "std", "min", "max", "mean_apart", "max_apart"], rows
+    for cells in zip(*read, strict=True):
+        values = [float(row[1]) for row in cells]
+        spread = [statistics.fmean(values), statistics.stdev(values), min(values), max(values)]
+        rows.append([cells[0][0], len(values), *spread])
+    return ["metric", "runs", "mean", "std", "min", "max"], rows
 
 
 # ------------------------------------------------------------------------------------- compare
@@ -841,11 +739,9 @@ def measure(run: Run, system: str, index: np.ndarray, options: dict[str, Any]) -
     return [system, len(index), *summary.values(), *costs, note]
 
 
-def comparison_options(run: Run) -> dict[str, Any] | None:
-    """Say what decides the comparison's outcome; None where a search has to end first."""
+def comparison_options(run: Run) -> dict[str, Any]:
+    """Say what decides the comparison's outcome, beside the data."""
     options = training_options(run)
-    if options is None:
-        return None
     del options["compile"]
     top = min(run.options.compare_max, len(run.split.train))
     if top < 10:
@@ -862,10 +758,7 @@ def compare(run: Run) -> None:
     if not run.begin("compare", options):
         return
     path, sizes = run.folder / "compare.csv", options["sizes"]
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    # A last row that a kill has cut is measured again.
-    run.write("compare.csv", text[: text.rfind("\n") + 1] or metrics.csv_text(COMPARE_HEADER, []))
-    _, rows = metrics.read_csv(path)
+    rows = metrics.read_csv(path)[1] if path.exists() else []
     # In a random order, but for one image of each class at the head: a prefix has every class.
     order = random.Random(options["seed"]).sample(run.split.train.tolist(), len(run.split.train))
     head = {int(run.images.labels[index]): index for index in reversed(order)}
@@ -875,12 +768,9 @@ def compare(run: Run) -> None:
         if number == len(rows):
             progress(done, f"{system}, {size:,} images")
             rows.append(measure(run, system, order[:size], options))
-            with path.open("a", encoding="utf-8", newline="") as file:
-                file.write(metrics.csv_text(rows[-1], []))
-            cells = dict(zip(COMPARE_HEADER, rows[-1], strict=True))
-            took, takes = cells["train_seconds"], cells["predict_seconds_per_1000"]
-            outcome = f"training {took:.3g} s, prediction of 1,000 {takes:.3g} s"
-            progress(done + size, f"{system}, {size:,} images: {outcome}", step=True)
+            run.write("compare.csv", metrics.csv_text(COMPARE_HEADER, rows))
+            accuracy = f"accuracy {rows[-1][2]:.4f}"
+            progress(done + size, f"{system}, {size:,} images: {accuracy}", step=True)
         done += size
     run.finish("compare", float(sum(column(path, "train_seconds", float))))
 
@@ -902,56 +792,53 @@ def growth(path: Path) -> list[list[str]]:
 
 # ------------------------------------------------------------------------- figures and report
 
-FIGURES = {  # what is drawn where one of the files is there: (function, files, caption)
-    "roc": (metrics.draw_roc, ("roc/auc.csv", "roc.csv"), "ROC curves by raw logits"),
-    "history": (metrics.draw_history, ("history.csv",), "Accuracy and loss over the epochs"),
-    "confusion": (metrics.draw_confusion, ("confusion.csv",), "Confusion matrix"),
-    "class_ratios": (metrics.draw_class_ratios, ("per_class.csv",), "Class ratios"),
-    "search": (metrics.draw_search, ("tuning.jsonl",), "Validation loss of each trial"),
-    "growth": (metrics.draw_growth, ("compare.csv",), "Time and size over training images"),
+FIGURES = {  # what is drawn where a file is there: (function, file, caption)
+    "roc": (metrics.draw_roc, "per_class.csv", "ROC curves by raw logits"),
+    "history": (metrics.draw_history, "history.csv", "Accuracy and loss over the epochs"),
+    "confusion": (metrics.draw_confusion, "confusion.csv", "Confusion matrix"),
+    "class_ratios": (metrics.draw_class_ratios, "per_class.csv", "Class ratios"),
+    "search": (metrics.draw_search, "best.json", "Validation loss of each trial"),
+    "growth": (metrics.draw_growth, "compare.csv", "Time and size over training images"),
 }
 
 
 def figures(run: Run) -> None:
     """Draw figures/ from the files that are there, and sample images from the data."""
     run.drop("figures")
-    target = run.folder / "figures"
+    target, images = run.folder / "figures", run.images
     target.mkdir()
-    for name, (draw, sources, _) in FIGURES.items():
-        partial = name == "growth" and not run.done("compare")
-        if not partial and any((run.folder / source).exists() for source in sources):
-            over = name in ("roc", "history") and run.images is not None and comparable(run.about)
+    for name, (draw, source, _) in FIGURES.items():
+        if (run.folder / source).exists():
+            over = name in ("roc", "history") and images is not None and comparable(run.about)
             draw(run.folder, target / name, **({"reference": POSTER} if over else {}))
-    if run.images is not None:
-        images = run.images
+    if images is not None:
         metrics.draw_samples(images.images, images.labels, images.class_names, target / "samples")
     print(f"figures  {len([*target.glob('*.png')])} as PNG and SVG in {target}")
 
 
 def report(run: Run) -> None:
-    """Write report.md, and of several seeds seeds.csv before it."""
+    """Write report.md."""
     run.drop("report")
-    seeds = run.record.get("seeds", [])
-    if seeds and all((run.folder / f"seed-{seed}" / "predictions.csv").exists() for seed in seeds):
-        run.write("seeds.csv", metrics.csv_text(*seeds_table(run.folder, seeds)))
-    run.write("report.md", report_text(run.folder, run.record))
+    run.write("report.md", report_text(run))
     print(f"report   {run.folder / 'report.md'}")
 
 
-def report_text(folder: Path, record: dict[str, Any]) -> str:
-    """Give the text of report.md, which follows from run.json and the folder's other files."""
-    about = record["data"]
-    if "seeds" in record:  # each has trained in its own folder
-        first = read_record(folder / f"seed-{record['seeds'][0]}")
-        record = {**{key: first[key] for key in ("train", "test") if key in first}, **record}
-    shape = "x".join(map(str, about["shape"][1:]))
+def description(about: dict[str, Any]) -> str:
+    """Say what a run is on, given run.json's `data`."""
+    count, *shape = about["shape"]
     sizes = " / ".join(f"{size:,}" for size in about["sizes"])
-    parts = [
-        f"# {about['name']}: a run of the poster's chain",
-        f"{about['shape'][0]:,} images of {shape} pixels, {len(about['class_names'])} classes, MD5 "
-        f"{about['md5']}. Split: {about['split']}, {sizes} for training / validation / test.",
-    ]
-    stages = ended(record)
+    return (
+        f"{count:,} images of {'x'.join(map(str, shape))} pixels, {len(about['class_names'])} "
+        f"classes, MD5 {about['md5']}; {about['split']} split: {sizes} for training / validation / "
+        "test"
+    )
+
+
+def report_text(run: Run) -> str:
+    """Give the text of report.md, which follows from run.json and the folder's other files."""
+    folder, record, stages = run.folder, run.record, run.done
+    parts = [f"# {record['data']['name']}: a run of the poster's chain"]
+    parts += [f"{description(record['data'])}."]
     interval = "95 % intervals: bootstrap over test images, DeLong's for AUC"
     for name, title in (
         ("table.csv", f"Results ({interval})"),
@@ -1002,17 +889,15 @@ def commands(record: dict[str, Any]) -> list[str]:
         if stage not in record:
             continue
         device = record[stage]["environment"].get("device", "auto")
-        options = {**common, "device": device, **record[stage]["options"]}
-        if stage == "train" and "seeds" in record:
-            options["seeds"] = options.pop("seed")
         words = ["python", "reproduce.py", "--stage", stage]
-        for name, value in options.items():
+        for name, value in {**common, "device": device, **record[stage]["options"]}.items():
+            option = f"--{name.replace('_', '-')}"
             if name == "seeds":
-                words += ["--seeds", *map(str, record["seeds"])]
+                words += [option, *map(str, value)]
             elif value is True:
-                words.append(f"--{name}")
+                words.append(option)
             elif value is not False and not isinstance(value, dict | list):
-                words += [f"--{name.replace('_', '-')}", str(value)]
+                words += [option, str(value)]
         lines.append(shlex.join(words))
     return lines
 
@@ -1027,7 +912,7 @@ VALIDATION_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
 ON_TRUST = "training losses and accuracies, validation before the last epoch, the trials' losses, "
 ON_TRUST += "seconds, environments, figures, compare.csv"
 
-Problems = Iterator[tuple[str, str]]  # (file, what is wrong with it)
+Problems = Iterator[str]  # each a line that begins with the name of the file that is wrong
 
 
 def alike(a: str, b: str) -> bool:
@@ -1040,74 +925,58 @@ def alike(a: str, b: str) -> bool:
 
 def differences(folder: Path, name: str, header: Sequence[str], rows: Sequence) -> Problems:
     """Compare a CSV file with what it should hold, cell by cell."""
-    try:
-        stored_header, stored = metrics.read_csv(folder / name)
-    except FileNotFoundError:
-        yield name, "is missing"
+    if not (folder / name).exists():
+        yield f"{name} is missing"
         return
-    except metrics.MetricsError as error:
-        yield name, f"cannot be read: {error}"
-        return
-    stored, rows = [stored_header, *stored], [header, *rows]
-    if len(stored) != len(rows):
-        yield name, f"has {len(stored)} rows, recomputed {len(rows)}"
+    stored_header, stored = metrics.read_csv(folder / name)
+    lines = itertools.zip_longest([stored_header, *stored], [header, *rows], fillvalue=())
     found = []
-    for number, (ours, theirs) in enumerate(zip(stored, rows, strict=False), 1):
+    for number, (ours, theirs) in enumerate(lines, 1):
         for k, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="")):
             if not alike(a, str(b)):
                 where = header[k] if k < len(header) else k + 1
-                found.append(f"row {number}, column {where}: {a}, recomputed {b}")
+                found.append(f"{name} row {number}, column {where}: {a}, recomputed {b}")
     if found:
-        yield name, found[0] + f" (and {len(found) - 1} more cells)" * (len(found) > 1)
+        yield found[0] + f" (and {len(found) - 1} more cells)" * (len(found) > 1)
 
 
-def audit_data(run: Run) -> Problems:
-    """Check what run.json says of data and split."""
+def audit_record(run: Run) -> Problems:
+    """Check what run.json says of data and split, and that it tells of every stage."""
     for key, stored in run.other_data().items():
-        yield "run.json", f"data, {key}: {shown(stored)}, recomputed {shown(run.about[key])}"
-
-
-def audit_stages(folder: Path, record: dict[str, Any]) -> Problems:
-    """Find the files of stages that run.json does not tell of; nothing else would check them."""
+        yield f"run.json data, {key}: {stored!r:.120}, recomputed {run.about[key]!r:.120}"
     for stage in ("tune", "train", "test", "compare"):
-        for name in FILES[stage] if stage not in record else ():
-            if (folder / name).exists():
-                yield name, f"is there, but run.json tells of no {stage}"
+        for name in FILES[stage] if stage not in run.record else ():
+            if (run.folder / name).exists():  # nothing else would check it
+                yield f"{name} is there, but run.json tells of no {stage}"
 
 
-def audit_search(folder: Path, options: dict[str, Any]) -> Problems:
+def audit_search(run: Run) -> Problems:
     """Replay the search: its configurations follow from the seed, the rest from the losses."""
-    log, best = folder / "tuning.jsonl", folder / "best.json"
-    if options["space"] != tuning_space():
-        yield "run.json", "tune, space: not the SPACE of this program"
+    log, options = run.folder / "tuning.jsonl", run.record["tune"]["options"]
     schedule = brackets(options)
-    result = hyperband.replay(log, SPACE, schedule, options["seed"], options["retrain"])
-    if best.read_bytes() != best_text(result.best).encode():
-        yield "best.json", f"is not trial {result.best.trial}, the best of tuning.jsonl"
+    best = hyperband.replay(log, SPACE, schedule, options["seed"], options["retrain"]).best
+    if (run.folder / "best.json").read_bytes() != best_text(best).encode():
+        yield f"best.json is not trial {best.trial}, the best of tuning.jsonl"
 
 
-def audit_training(folder: Path, options: dict[str, Any]) -> Problems:
+def audit_training(run: Run) -> Problems:
     """Replay the learning rates of history.csv; check the hyperparameters that have a name."""
+    path, options = run.folder / "history.csv", run.record["train"]["options"]
     hyperparameters, name = model.Hyperparameters(**options["values"]), options["hyperparameters"]
     epochs = hyperparameters.epochs
-    if column(folder / "history.csv", "epoch") != [*map(str, range(epochs))]:
-        yield "history.csv", f"column epoch is not 0 to {epochs - 1}"
-    losses = column(folder / "history.csv", "valid_loss", float)
-    stored = column(folder / "history.csv", "learning_rate")
-    replayed = model.learning_rates(hyperparameters, losses)
+    if column(path, "epoch") != [*map(str, range(epochs))]:
+        yield f"history.csv column epoch is not 0 to {epochs - 1}"
+    replayed = model.learning_rates(hyperparameters, column(path, "valid_loss", float))
+    stored = column(path, "learning_rate")
     for number, (a, b) in enumerate(zip(stored, replayed, strict=True), 2):
         if not alike(a, str(b)):
-            yield "history.csv", f"row {number}, column learning_rate: {a}, replayed {b}"
+            yield f"history.csv row {number}, column learning_rate: {a}, replayed {b}"
             break
     named = NAMED.get(name)  # a file of the user's own is not here
-    if name == "tuned":  # of several seeds, the search is in the folder around
-        homes = [home for home in (folder, folder.parent) if (home / "best.json").exists()]
-        if not homes:
-            yield "best.json", "is missing, here and in the folder around"
-            return
-        named = read_hyperparameters(homes[0] / "best.json")
+    if name == "tuned":
+        named = read_hyperparameters(run.home / "best.json")
     if named and replace(named, epochs=epochs) != hyperparameters:
-        yield "run.json", f"train: the values are not those of the {name} hyperparameters"
+        yield f"run.json train: the values are not those of the {name} hyperparameters"
 
 
 def audit_network(run: Run) -> Problems:
@@ -1116,117 +985,106 @@ def audit_network(run: Run) -> Problems:
     options = run.record["train"]["options"]
     expected = run.network(model.Hyperparameters(**options["values"]))
     if network.config != expected:
-        yield "model.pt", f"is {shown(network.config)}, run.json tells of {shown(expected)}"
+        yield f"model.pt is {network.config!r:.120}, run.json tells of {expected!r:.120}"
         return
     images, labels = run.part(run.split.valid)
     measured = model.evaluate(network, images, labels, device=run.options.device, precision="fp32")
     for name, value in zip(("valid_loss", "valid_accuracy"), measured, strict=True):
         stored = column(run.folder / "history.csv", name, float)[-1]
         if not abs(stored - value) <= VALIDATION_TOLERANCE[options["precision"]]:
-            yield "history.csv", f"last row, column {name}: {stored}, recomputed {value}"
+            yield f"history.csv last row, column {name}: {stored}, recomputed {value}"
 
 
 def audit_predictions(run: Run) -> Problems:
     """Check predictions.csv against the split, the labels and model.pt."""
     read = metrics.read_predictions(run.folder / "predictions.csv")
     images, labels = run.part(run.split.test)
-    if len(read.ids) != len(labels):
-        yield "predictions.csv", f"has {len(read.ids)} rows, the test split {len(labels)}"
-        return
-    for name, stored, expected in zip(
-        ("id", "label"), read, (run.split.test, labels), strict=False
-    ):
-        for row in np.flatnonzero(stored != expected)[:1]:
-            yield "predictions.csv", f"row {row + 2}, column {name}: {stored[row]}, {expected[row]}"
     network = model.load_network(run.folder / "model.pt")
     logits = model.predict(network, images, device=run.options.device).numpy()
     if logits.shape != read.logits.shape:
-        yield "predictions.csv", f"has {read.logits.shape[1]} logits, model.pt {logits.shape[1]}"
+        yield f"predictions.csv has logits of shape {read.logits.shape}, model.pt {logits.shape}"
         return
-    apart = np.abs(logits - read.logits)
-    row, k = np.unravel_index(apart.argmax(), apart.shape)
-    if not apart.max() <= LOGIT_TOLERANCE * max(1.0, np.abs(logits).max()):
-        place = f"row {row + 2}, column logit_{k}"
-        yield "predictions.csv", f"{place}: {read.logits[row, k]}, model.pt gives {logits[row, k]}"
+    apart = np.abs(logits - read.logits).max(axis=1)
+    for what, wrong in (
+        ("id is not the split's", read.ids != run.split.test),
+        ("label is not the image's", read.labels != labels),
+        ("logits are not model.pt's", apart > LOGIT_TOLERANCE * max(1.0, np.abs(logits).max())),
+    ):
+        if wrong.any():
+            yield f"predictions.csv row {wrong.argmax() + 2}: the {what}"
 
 
-def audit_tables(folder: Path, about: dict[str, Any]) -> Problems:
-    """Recompute what follows from predictions.csv."""
-    predictions = metrics.read_predictions(folder / "predictions.csv")
-    for name, (header, rows) in derived(predictions, about).items():
-        yield from differences(folder, name, header, rows)
+def audit_tables(run: Run) -> Problems:
+    """Recompute what follows from predictions.csv, or from those of several seeds."""
+    if run.seeds:
+        tables = {"seeds.csv": seeds_table(run)}
+    else:
+        predictions = metrics.read_predictions(run.folder / "predictions.csv")
+        tables = derived(predictions, run.record["data"])
+    for name, table in tables.items():
+        yield from differences(run.folder, name, *table)
 
 
-def audit_report(folder: Path, record: dict[str, Any]) -> Problems:
+def audit_report(run: Run) -> Problems:
     """Write report.md again from the other files, and compare."""
-    stored = (folder / "report.md").read_text("utf-8", "replace").splitlines()
-    expected = report_text(folder, record).splitlines()
+    stored = (run.folder / "report.md").read_text("utf-8", "replace").splitlines()
+    expected = report_text(run).splitlines()
     for number, (a, b) in enumerate(itertools.zip_longest(stored, expected, fillvalue=""), 1):
         if a != b:
-            yield "report.md", f"line {number}: {shown(a)}, rewritten {shown(b)}"
+            yield f"report.md line {number}: {a!r:.120}, rewritten {b!r:.120}"
             break
 
 
-def audit_seeds(folder: Path, seeds: Sequence[int]) -> Problems:
-    """Recompute how several seeds spread."""
-    yield from differences(folder, "seeds.csv", *seeds_table(folder, seeds))
-
-
-def audit_poster(folder: Path) -> Problems:
+def audit_poster(run: Run) -> Problems:
     """Check the poster's results against each other."""
+    folder = run.folder
     _, cells = metrics.read_csv(folder / "confusion.csv")
     matrix = np.array([list(map(int, row[1:])) for row in cells])
-    recomputed = metrics.summary_from_confusion(matrix)
-    for name, printed, value in zip(
-        METRIC_NAMES.values(),
-        column(folder / "table.csv", "value", float),
-        recomputed.values(),
-        strict=True,
-    ):
+    values = metrics.summary_from_confusion(matrix).values()
+    printed = column(folder / "table.csv", "value", float)
+    for name, value, stored in zip(METRIC_NAMES.values(), values, printed, strict=True):
         # The poster cuts its precision, 0.567883, instead of rounding it.
-        if printed not in (round(value, 4), math.floor(value * 1e4) / 1e4):
-            yield "table.csv", f"{name}: {printed}, the matrix gives {value:.6f}"
+        if stored not in (round(value, 4), math.floor(value * 1e4) / 1e4):
+            yield f"table.csv {name}: {stored}, the matrix gives {value:.6f}"
     for k, ratio in enumerate(column(folder / "per_class.csv", "ratio", float)):
         if ratio != round(matrix[k].sum() / matrix.sum(), 2):
-            yield "per_class.csv", f"class {k}: {ratio}, the matrix gives another ratio"
+            yield f"per_class.csv class {k}: {ratio}, the matrix gives another ratio"
     fpr = column(folder / "roc.csv", "fpr", float)
-    for k, printed in enumerate(column(folder / "auc.csv", "auc", float)):
+    for k, stored in enumerate(column(folder / "auc.csv", "auc", float)):
         area = np.trapezoid(column(folder / "roc.csv", f"tpr_{k}", float), fpr)
-        if not abs(area - printed) <= 1e-3:
-            yield "auc.csv", f"class {k}: {printed}, the curve gives {area:.4f}"
+        if not abs(area - stored) <= 1e-3:
+            yield f"auc.csv class {k}: {stored}, the curve gives {area:.4f}"
 
 
-def checks(run: Run, record: dict[str, Any]) -> Iterator[tuple]:
-    """Yield (file to be read, what is checked, problems) of each group of checks."""
-    folder, images = run.folder, run.images is not None
-    done = ended(record)
-    if record:
-        yield "run.json", "every file is of a stage in run.json", audit_stages(folder, record)
-    if record and images:
-        yield "run.json", "data and split are those of run.json", audit_data(run)
-    if "tune" in done:
-        what = "the search's configurations, promotions and best.json follow from seed and losses"
-        yield "tuning.jsonl", what, audit_search(folder, record["tune"]["options"])
-    if "train" in done:
-        what = "learning rates follow from the validation losses"
-        yield "history.csv", what, audit_training(folder, record["train"]["options"])
-    if images and "train" in done:
-        what = "the last epoch's validation loss and accuracy are model.pt's"
-        yield "model.pt", what, audit_network(run)
-    if images and "test" in done:
-        what = "predictions.csv has the split's ids, the data's labels and model.pt's logits"
-        yield "predictions.csv", what, audit_predictions(run)
-    if "test" in done:
-        what = "table, confusion matrix, classes, ROC curves and AUCs follow from predictions.csv"
-        yield "predictions.csv", what, audit_tables(folder, record["data"])
-    if "seeds" in record and (folder / "seeds.csv").exists():
-        what = "seeds.csv follows from the seeds' predictions.csv"
-        yield "seeds.csv", what, audit_seeds(folder, record["seeds"])
-    if record and (folder / "report.md").exists():
-        yield "report.md", "report.md follows from the files", audit_report(folder, record)
-    if is_poster(folder):
-        what = "table and class ratios follow from the confusion matrix, AUCs from the curves"
-        yield "confusion.csv", what, audit_poster(folder)
+def checks(run: Run) -> Iterator[tuple[str, Problems]]:
+    """Yield what is checked, and the problems found, of each group of checks."""
+    done, images, one = run.done, run.images is not None, not run.seeds
+    report, poster = run.record and (run.folder / "report.md").exists(), is_poster(run.folder)
+    for applies, what, check in (
+        (run.record, "run.json is true of data, split and files", audit_record),
+        ("tune" in done, "the search follows from its seed and losses", audit_search),
+        ("train" in done and one, "the learning rates follow from the losses", audit_training),
+        ("train" in done and one and images, "the last validation is model.pt's", audit_network),
+        ("test" in done and one and images, "the predictions are model.pt's", audit_predictions),
+        ("test" in done, "tables, curves and AUCs follow from the predictions", audit_tables),
+        (report, "report.md follows from the files", audit_report),
+        (poster, "the poster's table follows from its matrix, AUCs from curves", audit_poster),
+    ):
+        if applies:
+            yield what, check(run)
+
+
+def changed_files(folder: Path) -> dict[str, str]:
+    """Tell of every file that is not as SHA256SUMS has it what is wrong with it."""
+    if not (folder / "SHA256SUMS").exists():
+        return {"SHA256SUMS": "is missing: the last command did not end"}
+    sums, present = read_sums(folder), files_in(folder)
+    changed = dict.fromkeys(sums.keys() - present, "is missing")
+    changed |= dict.fromkeys(present - sums.keys(), "is none of the run's files")
+    for name in present & sums.keys():
+        if sums[name] != sha256(folder / name):
+            changed[name] = "is not as it was written"
+    return changed
 
 
 def audit(run: Run) -> bool:
@@ -1234,45 +1092,41 @@ def audit(run: Run) -> bool:
 
     Without images (``--no-model``), neither model.pt nor the data are looked at.
     """
-    folder, told = run.folder, set()
+    folder, told, changed = run.folder, [], changed_files(run.folder)
     print(f"verify   {folder}")
-    unsealed = {"SHA256SUMS": "is missing: the last command did not end"}
-    changed = dict(changed_files(folder)) if (folder / "SHA256SUMS").exists() else unsealed
-    record = run.record if "run.json" not in changed else {}
-    if not record and not is_poster(folder):
+    if not run.record and not is_poster(folder):
         problem = changed.get("run.json", "is missing or damaged")
         changed["run.json"] = f"{problem}: SHA256SUMS alone is checked"
-    for name, what, problems in checks(run, record):
+    for what, problems in checks(run):
         try:
-            found = set(problems)
-        except FileNotFoundError as error:
-            found = {(os.path.relpath(error.filename, folder), "is missing")}
+            found = [*problems]
         except (OSError, RunError, *LIBRARIES) as error:
-            known = {problem: file for file, problem in told}  # a file has one error in all groups
-            text = str(error).removeprefix(f"{folder / name}: ")
-            found = {(known.get(text, name), text)}
-        for file, problem in sorted(found - told):
-            print(f"WRONG    {file} {problem}")
-        if not found:
-            print(f"ok       {what}")
-        elif found <= told:
-            print(f"-        {what}: not checked")
-        told |= found
-    for name in sorted(changed.keys() - {name for name, _ in told}):
-        print(f"WRONG    {name} {changed[name]}")
-    for stage in [key for key in FILES if key in record and key not in ended(record)]:
+            text = str(error)
+            if isinstance(error, OSError):
+                missing = isinstance(error, FileNotFoundError)
+                text = f"{error.filename} {'is missing' if missing else error.strerror}"
+            found = [text.replace(f"{folder}{os.sep}", "")]
+        new = [problem for problem in found if problem not in told]
+        for problem in new:
+            print(f"WRONG    {problem}")
+        if not new:
+            print(f"-        {what}: not checked" if found else f"ok       {what}")
+        told += new
+    for name in sorted(changed):
+        if not any(problem.startswith(name) for problem in told):
+            print(f"WRONG    {name} {changed[name]}")
+    for stage in [key for key in FILES if key in run.record and key not in run.done]:
         print(f"-        {stage} has not ended: not checked")
     if not changed:
         print(f"ok       {len(files_in(folder))} files are as SHA256SUMS has them")
-    if record:
+    if run.record:
         print(f"on trust {ON_TRUST}")
     return not (told or changed)
 
 
 def audit_all(run: Run) -> bool:
     """Audit a folder, and those of its seeds; tell whether all is as it should be."""
-    runs = [run, *(run.seeded(seed) for seed in run.record.get("seeds", []))]
-    well = all([audit(one) for one in runs])
+    well = all([audit(one) for one in [run, *run.seeds]])
     print(f"verify   {'all is well' if well else 'something is WRONG'} in {run.folder}")
     return well
 
@@ -1290,7 +1144,7 @@ STAGES |= {"compare": compare, "figures": figures, "report": report}
 # The report tells of everything, so every command ends with it.
 COMMANDS = {"all": CHAIN, "tune": ("tune", "report"), "train": ("train", "report")}
 COMMANDS |= {"test": CHAIN[2:], "compare": ("compare", *CHAIN[3:])}
-COMMANDS |= {"figures": CHAIN[3:], "report": CHAIN[4:]}
+COMMANDS |= {"figures": CHAIN[3:], "report": CHAIN[4:], "verify": ()}
 # What decides the outcome of the stages that are done once.
 OPTIONS = {"tune": tuning_options, "train": training_options, "compare": comparison_options}
 
@@ -1299,27 +1153,16 @@ def number_from(least: int, most: int = 2**32 - 1) -> Any:
     """Make an argument type: a whole number in a range, by default to the largest seed."""
 
     def convert(text: str) -> int:
-        if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text[:20]!r} is no whole number from {least} to {most}"
-            )
-        return int(text)
+        if text.isdecimal() and len(text) < 11 and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r:.20} is no whole number from {least} to {most}")
 
     return convert
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the command line; what is wrong in it or without effect ends the program in one line."""
-    parser = argparse.ArgumentParser(
-        prog="reproduce.py",
-        description='Regenerate the results of the poster "Medical Image Classification Model '
-        'Based on CNN".',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""examples:
-  python reproduce.py --stage all                        on TissueMNIST, without a network on digits
-  python reproduce.py --data breastmnist --split official --seeds 0 1 2 3 4
-  python reproduce.py --stage verify --results results/reference/digits""",
-    )
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
     stages_of, whole = {}, {"metavar": "N", "type": number_from(1)}
     seed = {"metavar": "N", "type": number_from(0)}
@@ -1331,7 +1174,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
     group = parser.add_argument_group("what to do")
     text = "all: tune, train, test, figures, report, verify in turn; compare: KNN, SVM and networks"
-    add("--stage", "", text, choices=("all", *STAGES, "verify"), default="all")
+    add("--stage", "", text, choices=COMMANDS, default="all")
     add("--results", "", "folder of the run; default: results/DATA", metavar="DIR")
     text = "do again what is done, and drop what followed from it"
     add("--overwrite", " ".join(("all", *STAGES)), text, action="store_true")
@@ -1342,18 +1185,18 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     text += "what the folder was made from, else tissuemnist, where there is no network digits"
     add("--data", "", text, metavar="SOURCE", default="auto")
     add("--root", "", "where downloads are kept", metavar="DIR", default="~/.medmnist")
-    text, loading = "60/15/25 %% at random, or the file's own; default: poster", " ".join(STAGES)
-    loading = loading.replace("report", "all verify")
+    text, loading = "60/15/25 %% at random, or the file's own; default: poster", " ".join(COMMANDS)
+    loading = loading.replace(" report", "")
     add("--split", loading, text, choices=("poster", "official"))
     add("--split-seed", loading, "of the poster's split; default: 0", **seed)
 
     group, search = parser.add_argument_group("search"), "all tune"
     text = "the poster's one bracket, or Hyperband's; default: poster"
     add("--schedule", search, text, choices=("poster", "hyperband"), default="poster")
-    most = {"metavar": "R", "type": number_from(1, 100_000)}
+    most = {"metavar": "R", "type": number_from(1, 100_000), "default": 81}
     add("--max-resource", search, "most epochs of Hyperband's trials; default: 81", **most)
     text = "one in N survives a rung of Hyperband's; default: 3"
-    add("--eta", search, text, metavar="N", type=number_from(2))
+    add("--eta", search, text, metavar="N", type=number_from(2), default=3)
     text = "train every rung from scratch, not from the last one"
     add("--retrain", search, text, action="store_true")
     add("--workers", search, "trials at a time; default: a core each, or 1 on a GPU", **whole)
@@ -1367,8 +1210,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--epochs", training, "default: the hyperparameters', 100", **whole)
     text = "of search, weights, order of the images and dropout; default: 0"
     add("--seed", training + " tune", text, default=0, **seed)
-    text = "train and test once with each; a folder keeps its seeds"
-    add("--seeds", "all train", text, nargs="+", **seed)
+    add("--seeds", "all train", "train and test once with each", nargs="+", **seed)
     add("--device", "", "auto (default), cpu, cuda, cuda:1, ...", default="auto")
     text = "auto (default): fp16 on a GPU, bf16 on a CPU that has it, else fp32"
     add("--precision", training + " tune", text, choices=model.PRECISIONS, default="auto")
@@ -1383,7 +1225,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     for name, (option, stages, default) in stages_of.items():
         if stages and options.stage not in stages.split() and getattr(options, name) != default:
             parser.error(f"{option} has no effect on --stage {options.stage}: leave it out")
-    if options.schedule == "poster" and (options.max_resource or options.eta):
+    if options.schedule == "poster" and (options.max_resource, options.eta) != (81, 3):
         parser.error("--max-resource and --eta go with --schedule hyperband")
     if options.dask and (options.workers or not re.fullmatch(r"\w+://.+:\d+", options.dask)):
         parser.error("--dask takes tcp://HOST:PORT, and no --workers beside it")
@@ -1406,17 +1248,15 @@ def open_run(options: Namespace) -> Run:
         folder = Path("results", Path(options.data).stem)
     elif stage not in ("all", "tune", "train"):  # looks at a run that is there
         places = [Path("results", name) for name in ("tissuemnist", "digits")]
-        folder = next((place for place in places if place.exists()), None)
-        if folder is None and stage != "compare":
-            raise RunError("there is no run in results: run --stage all first, or name --results")
+        fallback = None if stage == "compare" else places[0]
+        folder = next((place for place in places if place.exists()), fallback)
     if folder is not None:
-        record = read_record(folder, options.overwrite or stage == "verify")
-        if is_poster(folder) and stage not in ("figures", "verify"):
+        record, poster = read_record(folder, options), is_poster(folder)
+        if poster and stage not in ("figures", "verify"):
             raise RunError(f"{folder} holds the poster's own results: choose another --results")
-        if stage == "verify" and not folder.is_dir():
-            raise RunError(f"{folder}: no such folder: name the run's by --results")
-        if stage in ("test", "figures", "report") and not (record or is_poster(folder)):
-            raise RunError(f"{folder} holds no run: run --stage all first, or name its --results")
+        found = folder.is_dir() if stage == "verify" else record or poster
+        if not found and stage in ("test", "figures", "report", "verify"):
+            raise RunError(f"{folder} holds no run: run --stage all first, or name --results")
     if stage == "report" or (stage in ("figures", "verify") and (options.no_model or not record)):
         return Run(folder, None, options)
     about = record.get("data", {})
@@ -1442,13 +1282,77 @@ def open_run(options: Namespace) -> Run:
     return Run(folder or Path("results", images.name), images, options)
 
 
+def plan(run: Run, stages: Sequence[str]) -> None:
+    """Refuse what cannot be done, before anything is changed; say what will be."""
+    folder, options, other = run.folder, run.options, run.other_data()
+    files = [path for path in folder.glob("*") if path.name != ".lock" and path.suffix != ".tmp"]
+    if files and not (folder / "run.json").exists() and not is_poster(folder):
+        raise RunError(f"{folder} holds other files, and no run.json: choose another --results")
+    if other and not options.overwrite:
+        name = next(iter(other))
+        raise RunError(
+            f"{folder} holds another run, with {name} {other[name]!r:.99}, not "
+            f"{run.about[name]!r:.99}: choose another --results, or say --overwrite"
+        )
+    if other:
+        run.record = {}
+    if "test" in stages and "train" not in stages:
+        if "train" not in run.done:
+            raise RunError(f"{folder} holds no trained network: run --stage train first")
+        if not run.seeds:
+            model.load_network(folder / "model.pt")  # raises where it is damaged
+    lines = [f"results  {folder}"]
+    if run.images is not None:
+        beside = "" if comparable(run.about) else "; not comparable with the poster"
+        lines.append(f"data     {run.images.source}: {description(run.about)}{beside}")
+    for stage in [stage for stage in stages if stage in OPTIONS]:
+        tuned = stage != "tune" and options.hyperparameters == "tuned"
+        if tuned and "tune" in stages:  # nobody knows yet what it will find
+            continue
+        if tuned and "tune" not in run.done:
+            raise RunError(f"{folder} holds no finished search: run --stage tune first")
+        wanted = OPTIONS[stage](run)
+        if not options.overwrite:
+            run.check(stage, wanted)
+        names = [name for name in wanted if name not in ("values", "sizes")]
+        lines.append(f"{stage:<8} {', '.join(f'{name} {wanted[name]}' for name in names)}")
+        if stage == "tune":
+            epochs = (hyperband.total_resource(b, options.retrain) for b in brackets(wanted))
+            on = f"on {options.dask}" if options.dask else f"{options.workers} at a time"
+            lines[-1] += f": {sum(epochs)} epochs, trials {on}"
+    if "tune" in stages and options.dask and (options.overwrite or "tune" not in run.done):
+        dask_client(options.dask).close()  # raises where there is none
+    print(*lines, sep="\n", flush=True)
+
+
+def do(run: Run, stages: Sequence[str]) -> None:
+    """Do stages in a folder, of which several seeds have one each for training and test."""
+    run.unseal(stages)
+    for stage in stages:
+        ones = run.seeds if stage in ("train", "test") else []
+        if not ones:
+            STAGES[stage](run)
+            continue
+        if stage == "test":
+            run.drop("test")
+        if not run.begin(stage, training_options(run) if stage == "train" else {}):
+            continue
+        for one in ones:
+            print(f"results  {one.folder}")
+            do(one, [each for each in COMMANDS[stage] if each in stages])
+        if stage == "test":
+            run.write("seeds.csv", metrics.csv_text(*seeds_table(run)))
+        run.finish(stage, sum(one.record[stage]["seconds"] for one in ones))
+    run.seal()
+
+
 def carry_out(options: Namespace) -> bool:
     """Carry out a command line; tell whether all is well, of which only the audit may doubt."""
     options.device = model.resolve_device(options.device)
     options.precision = model.resolve_precision(options.precision, options.device)
     cores = joblib.cpu_count() if options.device.type == "cpu" else 1
     options.workers = options.workers or cores  # of a container's cores, those it may use
-    stages = COMMANDS.get(options.stage, ())
+    stages = COMMANDS[options.stage]
     if importlib.util.find_spec("matplotlib") is None:
         if options.stage == "figures":
             raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
@@ -1458,114 +1362,28 @@ def carry_out(options: Namespace) -> bool:
         return audit_all(run)
     if is_poster(run.folder):
         stages = ("figures",)
-    folder, work = run.folder, plan(run, stages)
-    runs = dict.fromkeys([run, *(one for one, _ in work)])
-    print_plan(run, stages)
+    folder = run.folder
+    plan(run, stages)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for one in runs:
-            one.check_sums([stage for other, stage in work if other is one])
-        for one in runs:
-            one.unseal([stage for other, stage in work if other is one])
-        for one, stage in work:
-            STAGES[stage](one)
-        for one in runs:
-            one.seal()
+        do(run, stages)
     well = options.stage != "all" or audit_all(run)
     for name in ("seeds.csv", "table.csv"):
         if (folder / name).exists():
             print(f"\n{csv_table(folder / name)}")
-            break
     names = sorted(path.name for path in folder.glob("[!.]*"))
     print(f"files    {', '.join(names)} in {folder}")
-    if "test" in stages and "seeds" not in run.record:
+    if "test" in stages and not run.seeds:
         compare_with_reference(run)
     if options.data == "auto" and run.images is not None and run.images.name == "digits":
         print("NOTE: without a network these are scikit-learn's digits, not the poster's images")
     return well
 
 
-def plan(run: Run, stages: Sequence[str]) -> list[tuple[Run, str]]:
-    """Say which stages are to be done in which folder; refuse what can't be, before it begins."""
-    others = [p for p in run.folder.glob("*") if p.name != ".lock" and p.suffix != ".tmp"]
-    if others and not (run.folder / "run.json").exists() and not is_poster(run.folder):
-        raise RunError(f"{run.folder} holds other files, and no run.json: choose another --results")
-    options, other = run.options, run.other_data()
-    differ = [f"{key} {shown(other[key])}, not {shown(run.about[key])}" for key in other]
-    begun = [] if other else run.record.get("seeds", [])
-    seeds = options.seeds or begun
-    if seeds and ("train" in run.record or (begun and begun != seeds)):
-        differ.append("other seeds")
-    if differ and not options.overwrite:
-        raise RunError(
-            f"{run.folder} holds another run ({'; '.join(differ)}): choose another --results, or "
-            "say --overwrite"
-        )
-    if begun and options.seed and options.stage == "train":
-        raise RunError(f"{run.folder} holds several seeds: leave --seed out, or choose --results")
-    ones = [run.seeded(seed) for seed in seeds]
-    for one in (run, *ones) if other else ():
-        one.record = {}
-    work = [(run, stage) for stage in stages]
-    if seeds:
-        run.record["seeds"] = seeds
-        own = [stage for stage in stages if stage in ("tune", "compare")]
-        each = [stage for stage in stages if stage not in own]
-        each = each if "train" in stages or not own else []
-        work = [(run, stage) for stage in own] + [(one, stage) for one in ones for stage in each]
-        work += [(run, stage) for stage in ("figures", "report") if stage in stages]
-    for one, stage in work:
-        needs_training = stage == "test" or one is not run
-        if needs_training and "train" not in stages:
-            if not one.done("train"):
-                raise RunError(f"{one.folder} holds no trained network: run --stage train first")
-            if stage == "test":
-                model.load_network(one.folder / "model.pt")  # raises where it is damaged
-        if stage in OPTIONS:
-            wanted = OPTIONS[stage](one)
-            anew = options.hyperparameters == "tuned" and "data" not in run.record
-            if (wanted is None or anew) and "tune" not in stages:
-                raise RunError(f"no {run.folder / 'best.json'} yet: run --stage tune first")
-            if not options.overwrite:
-                one.check(stage, wanted or {})
-            if stage == "tune" and options.dask and (options.overwrite or not run.done("tune")):
-                dask_client(options.dask).close()  # raises where there is none
-    return work
-
-
-def print_plan(run: Run, stages: Sequence[str]) -> None:
-    """Say what is about to be done, and how much work it is."""
-    print(f"results  {run.folder}")
-    if run.images is None:
-        return
-    options, images, about = run.options, run.images, run.about
-    shape = "x".join(map(str, about["shape"][1:]))
-    sizes = " / ".join(f"{size:,}" for size in about["sizes"])
-    where = model.environment(options.device)
-    print(
-        f"data     {images.name}: {len(images.labels):,} images of {shape}, {images.num_classes} "
-        f"classes, from {images.source}\n"
-        f"split    {options.split}: {sizes} for training / validation / test"
-        + ("" if comparable(about) else "; not comparable with the poster")
-        + f"\ndevice   {where['device_name'] or options.device}, {where['threads']} threads; "
-        f"training in {options.precision}"
-    )
-    if "tune" in stages:
-        schedule = brackets(tuning_options(run))
-        epochs = sum(hyperband.total_resource(rungs, options.retrain) for rungs in schedule)
-        flows = [" -> ".join(f"{n}@{resource}" for n, resource in rungs) for rungs in schedule]
-        on = f"on {options.dask}" if options.dask else f"{options.workers} at a time"
-        print(f"tune     {'; '.join(flows)}: {epochs} epochs, trials {on}")
-    chosen = chosen_hyperparameters(run) if "train" in stages else None
-    if chosen:
-        print(f"train    {chosen.epochs} epochs, {options.hyperparameters} hyperparameters")
-    sys.stdout.flush()
-
-
 def compare_with_reference(run: Run) -> None:
     """Say how many predictions are those of our own run, which lies in results/reference."""
     ours = REFERENCE / run.about["name"]
-    first, second = read_record(ours), run.record
+    first, second = read_record(ours, run.options), run.record
     values = [one.get("train", {}).get("options", {}).get("values") for one in (first, second)]
     if run.about == first.get("data") and values[0] == values[1]:  # else it would mean nothing
         paths = (folder / "predictions.csv" for folder in (ours, run.folder))
