@@ -229,6 +229,8 @@ class Run:
     def begin(self, stage: str, options: dict[str, Any]) -> bool:
         """Record what a stage is about to do, and where; False where it is done already."""
         self.check(stage, options)
+        if stage == "test":  # which is cheap, and done whenever asked
+            self.drop(stage)
         if stage in self.done:
             print(f"{stage:<8} done already")
             return False
@@ -454,6 +456,7 @@ def tune(run: Run) -> None:
         epochs += trial.resource - (rungs[trial.rung - 1].resource if continued else 0)
         lowest = min(lowest, math.inf if trial.loss is None else trial.loss)
         if replayed:  # which says nothing of the speed of what follows
+            progress.first = epochs
             return
         at = f"{rungs[trial.rung].configurations}@{trial.resource}"
         outcome = trial.error or f"loss {trial.loss:.4f}"
@@ -462,6 +465,7 @@ def tune(run: Run) -> None:
 
     settings = {"seed": seed, "device": run.options.device, "precision": options["precision"]}
     objective = partial(trial_loss, arrays, run.network(model.POSTER), settings)
+    progress(0, "begins")
     with trial_executor(run.options) as executor:
         result = hyperband.search(
             objective,
@@ -506,24 +510,17 @@ def trial_executor(options: Namespace) -> Iterator[Executor | None]:
             pool.shutdown(cancel_futures=True)
 
 
-# Uncompiled training allocates its feature maps at each step; glibc's malloc by default gives such
-# large blocks back to the system at once, and the page faults cost 5 to 25 % of a trial's time.
-MALLOC = {"MMAP_THRESHOLD_": 2**32, "TRIM_THRESHOLD_": 2**32}  # bytes
-
-
 def start_processes(count: int) -> ProcessPoolExecutor:
     """Start worker processes that never hear Ctrl-C and that end with this one."""
-    if platform.libc_ver()[0] == "glibc":
-        for name, size in MALLOC.items():
-            os.environ.setdefault(f"MALLOC_{name}", str(size))  # read at a process's start
+    # Uncompiled training allocates its feature maps at each step; glibc's malloc by default gives
+    # such large blocks back to the system at once: the page faults cost 5 to 25 % of a trial.
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(name, str(2**32))  # bytes; read at a process's start
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
-    heard = None
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows; a new process inherits the mask
-        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which new processes inherit
     for _ in range(count):
         pool.submit(os.getpid)  # a process each, as none is idle yet
-    if heard is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    signal.signal(signal.SIGINT, heard)
     return pool
 
 
@@ -626,7 +623,6 @@ def train(run: Run) -> None:
 def test(run: Run) -> None:
     """Apply model.pt to the test images; write predictions.csv and what follows from it."""
     network = model.load_network(run.folder / "model.pt")
-    run.drop("test")
     run.begin("test", {})
     images, labels = run.part(run.split.test)
     progress, started = Progress("test", len(images)), time.perf_counter()
@@ -963,19 +959,16 @@ def audit_training(run: Run) -> Problems:
     """Replay the learning rates of history.csv; check the hyperparameters that have a name."""
     path, options = run.folder / "history.csv", run.record["train"]["options"]
     hyperparameters, name = model.Hyperparameters(**options["values"]), options["hyperparameters"]
-    epochs = hyperparameters.epochs
-    if column(path, "epoch") != [*map(str, range(epochs))]:
-        yield f"history.csv column epoch is not 0 to {epochs - 1}"
-    replayed = model.learning_rates(hyperparameters, column(path, "valid_loss", float))
-    stored = column(path, "learning_rate")
-    for number, (a, b) in enumerate(zip(stored, replayed, strict=True), 2):
-        if not alike(a, str(b)):
-            yield f"history.csv row {number}, column learning_rate: {a}, replayed {b}"
-            break
+    rates = model.learning_rates(hyperparameters, column(path, "valid_loss", float))
+    rows = zip(range(hyperparameters.epochs), rates, metrics.read_csv(path)[1], strict=False)
+    expected = [[epoch, rate, *row[2:]] for epoch, rate, row in rows]
+    yield from differences(run.folder, "history.csv", model.EpochRecord._fields, expected)
+    if len(expected) < hyperparameters.epochs:
+        yield f"history.csv has {len(expected)} epochs, run.json tells of {hyperparameters.epochs}"
     named = NAMED.get(name)  # a file of the user's own is not here
     if name == "tuned":
         named = read_hyperparameters(run.home / "best.json")
-    if named and replace(named, epochs=epochs) != hyperparameters:
+    if named and replace(named, epochs=hyperparameters.epochs) != hyperparameters:
         yield f"run.json train: the values are not those of the {name} hyperparameters"
 
 
@@ -1149,13 +1142,13 @@ COMMANDS |= {"figures": CHAIN[3:], "report": CHAIN[4:], "verify": ()}
 OPTIONS = {"tune": tuning_options, "train": training_options, "compare": comparison_options}
 
 
-def number_from(least: int, most: int = 2**32 - 1) -> Any:
-    """Make an argument type: a whole number in a range, by default to the largest seed."""
+def number_from(least: int) -> Callable[[str], int]:
+    """Make an argument type: a whole number up to the largest seed."""
 
     def convert(text: str) -> int:
-        if text.isdecimal() and len(text) < 11 and least <= int(text) <= most:
+        if text.isdecimal() and len(text) < 11 and least <= int(text) < 2**32:
             return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r:.20} is no whole number from {least} to {most}")
+        raise argparse.ArgumentTypeError(f"{text!r:.20} is no whole number from {least} to 2^32-1")
 
     return convert
 
@@ -1185,16 +1178,15 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     text += "what the folder was made from, else tissuemnist, where there is no network digits"
     add("--data", "", text, metavar="SOURCE", default="auto")
     add("--root", "", "where downloads are kept", metavar="DIR", default="~/.medmnist")
-    text, loading = "60/15/25 %% at random, or the file's own; default: poster", " ".join(COMMANDS)
-    loading = loading.replace(" report", "")
-    add("--split", loading, text, choices=("poster", "official"))
-    add("--split-seed", loading, "of the poster's split; default: 0", **seed)
+    text = "60/15/25 %% at random, or the file's own; default: poster"
+    add("--split", "", text, choices=("poster", "official"))
+    add("--split-seed", "", "of the poster's split; default: 0", **seed)
 
     group, search = parser.add_argument_group("search"), "all tune"
     text = "the poster's one bracket, or Hyperband's; default: poster"
     add("--schedule", search, text, choices=("poster", "hyperband"), default="poster")
-    most = {"metavar": "R", "type": number_from(1, 100_000), "default": 81}
-    add("--max-resource", search, "most epochs of Hyperband's trials; default: 81", **most)
+    text = "most epochs of a trial of Hyperband's; default: 81"
+    add("--max-resource", search, text, default=81, **whole)
     text = "one in N survives a rung of Hyperband's; default: 3"
     add("--eta", search, text, metavar="N", type=number_from(2), default=3)
     text = "train every rung from scratch, not from the last one"
@@ -1205,8 +1197,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
     group, training = parser.add_argument_group("training"), "all train compare"
     text = "poster (default), authors (16 digits), tuned (the search's best) or a file of your own"
-    names = "{poster,authors,tuned,FILE.json}"
-    add("--hyperparameters", training, text, metavar=names, default="poster")
+    add("--hyperparameters", training, text, metavar="NAME|FILE.json", default="poster")
     add("--epochs", training, "default: the hyperparameters', 100", **whole)
     text = "of search, weights, order of the images and dropout; default: 0"
     add("--seed", training + " tune", text, default=0, **seed)
@@ -1216,8 +1207,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--precision", training + " tune", text, choices=model.PRECISIONS, default="auto")
     text = "compile the training step; auto (default): where the training is long enough to gain"
     add("--compile", "all train", text, choices=model.COMPILE, default="auto")
-    text, ten = "most training images of the comparison; default: 10000", number_from(10)
-    add("--compare-max", "compare", text, default=10_000, metavar="N", type=ten)
+    text = "most training images of the comparison; default: 10000"
+    add("--compare-max", "compare", text, default=10_000, **whole)
 
     options = parser.parse_args(argv)
     if "" in (options.results, options.data):
@@ -1333,8 +1324,6 @@ def do(run: Run, stages: Sequence[str]) -> None:
         if not ones:
             STAGES[stage](run)
             continue
-        if stage == "test":
-            run.drop("test")
         if not run.begin(stage, training_options(run) if stage == "train" else {}):
             continue
         for one in ones:
