@@ -12,8 +12,6 @@ MedMNIST's layout is an npz of six arrays: `train_images`, `val_images`, `test_i
 shape (N, H, H) or (N, H, H, 3), and `train_labels`, `val_labels`, `test_labels`, integers of shape
 (N, 1) or (N,). `convert` makes such a file of the authors' folders of JPEG or PNG files.
 
-On the command line:
-
     python data.py [SOURCE]                                     what is in it; default: auto
     python data.py convert TRAIN_FOLDER [TEST_FOLDER] OUT.npz   make a file of folders
 
@@ -29,7 +27,6 @@ import sys
 import urllib.error
 import urllib.request
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,8 +92,7 @@ class ImageData:
     source : str
         What was loaded: a path or a description.
     md5 : str
-        Of the npz file; for the digits, of the image bytes followed by the label bytes
-        (little-endian int64).
+        Of the npz file; for the digits, of the images' bytes followed by the labels'.
     official : Split or None
         The file's own parts.
     """
@@ -115,16 +111,11 @@ class ImageData:
         return len(self.class_names)
 
 
-# ---- splits --------------------------------------------------------------------------------------
-# A seed is an integer from 0 to 2**32 - 1. RandomState's stream is frozen by numpy's policy
-# (NEP 19); Generator's may change with a release of numpy, and every split with it.
+# ---- splits: a seed is an integer from 0 to 2**32 - 1 --------------------------------------------
 
 
 def split(image_data: ImageData, name: str, seed: int = 0) -> Split:
-    """Split a data set: "poster" is `poster_split`, "official" `official_split`.
-
-    Raises DataError if the name is unknown, or the data set has no such split.
-    """
+    """Split by `poster_split` ("poster") or `official_split` ("official"); else a DataError."""
     if name == "poster":
         return poster_split(len(image_data.labels), seed)
     if name == "official":
@@ -143,27 +134,26 @@ def official_split(image_data: ImageData) -> Split:
 def poster_split(n: int, seed: int = 0) -> Split:
     """Shuffle n images and cut 60/15/25 %, of 200,000 of them where there are more.
 
-    TissueMNIST's 236,386 images give 120,000 / 30,000 / 50,000. Raises DataError if a part would
-    be empty.
+    TissueMNIST's 236,386 give 120,000 / 30,000 / 50,000. Raises DataError if n is below 6.
     """
     if n < 6:
         raise DataError(f"{n} images are too few to split 60/15/25 %: use at least 6")
-    total = min(n, 200_000)
-    order = np.random.RandomState(seed).permutation(np.arange(n))[:total]
-    train_end, valid_end = total * 60 // 100, total * 75 // 100
-    return Split(order[:train_end], order[train_end:valid_end], order[valid_end:])
+    return _draw(np.arange(n), 200_000, seed, 60, 75)
 
 
 def tuning_split(split: Split, n: int = 10_000, seed: int = 0) -> Split:
-    """Draw n images to search hyperparameters on, and cut them 80/20 %; the test part is empty.
+    """Draw n of a split's train and validation images, or all of fewer, and cut them 80/20 %.
 
-    They are drawn from a split's train and validation images, all of them where there are fewer
-    than n; the poster's subset had 10,000.
+    The poster's search had 10,000. The test part is empty.
     """
-    images = np.concatenate([split.train, split.valid])
+    return _draw(np.concatenate(split[:2]), n, seed, 80, 100)
+
+
+def _draw(images: np.ndarray, n: int, seed: int, *percents: int) -> Split:
+    """Draw n images, or all of fewer, and cut them at two percentages."""
+    # RandomState's stream is frozen (numpy's NEP 19); Generator's may change with a release.
     drawn = np.random.RandomState(seed).permutation(images)[:n]
-    end = len(drawn) * 80 // 100
-    return Split(drawn[:end], drawn[end:], split.test[:0])
+    return Split(*np.split(drawn, [len(drawn) * percent // 100 for percent in percents]))
 
 
 # ---- load ----------------------------------------------------------------------------------------
@@ -175,18 +165,14 @@ def load(
     download: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageData:
-    """Load a labelled data set.
-
-    Raises DataError if the source does not exist, cannot be fetched, is damaged, or is not of
-    MedMNIST's layout.
+    """Load a labelled data set; raises DataError if it is missing, damaged, or of another layout.
 
     Parameters
     ----------
     source : str or Path, optional
         A name in MEDMNIST: from `root`, or else from the network, its MD5 checked in either case.
         "auto": TissueMNIST, or, where no connection can be made, the digits, with a UserWarning
-        that says why. "digits": scikit-learn's, enlarged to 28x28. Else a file in MedMNIST's
-        layout.
+        that says why. "digits": scikit-learn's, enlarged to 28x28. Else a file.
     root : str or Path, optional
         Folder of the downloaded files.
     download : bool, optional
@@ -197,171 +183,119 @@ def load(
     if source == "digits":
         return _load_digits()
     name = "tissuemnist" if source == "auto" else source
-    if name not in MEDMNIST:
-        return _load_npz(Path(source), None)
-    path, url, md5 = Path(root).expanduser() / f"{name}.npz", URL.format(name=name), MEDMNIST[name]
-    by_hand = f"fetch {url} by hand to {path} (MD5 {md5})"
-    if not path.exists():
-        if not download:
-            raise DataError(
-                f"{path}: no such file, and downloading is off: name its root, or {by_hand}"
-            )
+    path = Path(source)
+    if name in MEDMNIST:
+        path, url = Path(root).expanduser() / f"{name}.npz", URL.format(name=name)
+        by_hand = f"fetch {url} by hand to {path} (MD5 {MEDMNIST[name]})"
         try:
-            _download(url, path, md5, progress)
+            if not path.exists():
+                if not download:
+                    raise ConnectionError("downloading is off")
+                _download(url, path, progress)
         except (OSError, http.client.HTTPException) as error:
-            # No name, refused, timed out, no proxy tunnel: no connection. An HTTP status, whose
-            # reason is a string, and a refused certificate are answers.
+            # An HTTP status, whose reason is a string, and a refused certificate are answers.
             reason = getattr(error, "reason", None)
             unreachable = isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError)
             if source == "auto" and unreachable:
                 why = f"the digits stand in for TissueMNIST: no connection to {url}: {reason}"
-                warnings.warn(why, UserWarning, stacklevel=2)
+                warnings.warn(why, stacklevel=2)
                 return _load_digits()
-            raise DataError(f"download failed: {error}; run again, or {by_hand}") from error
-    if (found := _md5(path)) != md5:
-        raise DataError(f"{path} has MD5 {found}, not {md5}: remove it and run again, or {by_hand}")
+            why = f"{path}: no such file, and no download ({error})"
+            raise DataError(f"{why}: name its root, run again, or {by_hand}") from error
+    elif not path.is_file():
+        names = ", ".join(["auto", "digits", *MEDMNIST])
+        raise DataError(f"{path}: no such npz file, nor one of {names}; see python data.py --help")
+    with path.open("rb") as file:  # hosts in FIPS mode refuse an MD5 for security
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if md5 != MEDMNIST.get(name, md5):
+        raise DataError(f"{path} has MD5 {md5}: remove it and run again, or {by_hand}")
     return _load_npz(path, md5)
 
 
-def _download(url: str, path: Path, md5: str, progress: Callable[[int, int], None] | None) -> None:
+def _download(url: str, path: Path, progress: Callable[[int, int], None] | None) -> None:
     """Download a file, or go on where a killed or broken download stopped.
 
-    What has arrived is PATH.part until its MD5 was found right: that finds whatever goes wrong, a
-    server's bytes at the wrong place included. Two processes at once write the same bytes to the
-    same places.
+    What has arrived is PATH.part. Two processes at once write the same bytes to the same places.
     """
-    part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:  # seconds without a byte
-            if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # the server begins anew
-                done = 0
-            total = done + int(response.headers.get("Content-Length", 0))
-            with part.open("r+b" if done else "wb") as file:
-                file.seek(done)
-                while chunk := response.read(1 << 16):
-                    file.write(chunk)
-                    done += len(chunk)
-                    if progress:
-                        progress(done, total)
-        if done < total:  # http.client takes a lost connection for the end
-            raise ConnectionError(f"the connection broke off after {done:,} of {total:,} bytes")
-    except urllib.error.HTTPError as error:
-        error.close()
-        if not done or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise
-        # Nothing lies behind the part: it is complete, or wrong.
-    if (found := _md5(part)) != md5:
-        part.unlink()
-        raise ConnectionError(f"what arrived had MD5 {found}, not {md5}, and was removed")
+    part = path.with_name(path.name + ".part")
+    # The last byte is asked for again: to a complete part, a server would have nothing to add.
+    done = max(part.stat().st_size - 1, 0) if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
+    with urllib.request.urlopen(request, timeout=10) as response:  # seconds without a byte
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # the server begins anew
+            done = 0
+        total = done + int(response.headers.get("Content-Length", 0))
+        with part.open("r+b" if done else "wb") as file:
+            file.seek(done)
+            while chunk := response.read(1 << 16):
+                file.write(chunk)
+                done += len(chunk)
+                if progress:
+                    progress(done, total)
+    if done < total:  # http.client takes a lost connection for the end
+        raise ConnectionError(f"the connection broke off after {done:,} of {total:,} bytes")
     part.replace(path)
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        # usedforsecurity: hosts in FIPS mode refuse MD5 otherwise.
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-    return digest.hexdigest()
-
-
-def _load_npz(path: Path, md5: str | None) -> ImageData:
+def _load_npz(path: Path, md5: str) -> ImageData:
     """Load a file in MedMNIST's layout; a part may be empty, a class may not."""
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; a source is auto, digits, one of {', '.join(MEDMNIST)}, or a "
-            "FILE.npz (of folders of images, `python data.py convert` makes one)"
-        )
-    if not zipfile.is_zipfile(path):  # np.load would speak of pickles
-        raise DataError(f"{path}: not an npz file, or cut off: get or write it again")
     try:
         # Given a path, np.load leaves a damaged file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
-            images, labels, official = _read_parts(path, npz)
-    except DataError:
-        raise
+            labels = [npz[f"{part}_labels"] for part in PARTS]
+            ends = np.cumsum([0, *map(len, labels)])
+            labels = np.concatenate(labels, axis=None)
+            for part, start, end in zip(PARTS, ends[:-1], ends[1:], strict=True):
+                pixels = npz[f"{part}_images"]
+                if part == "train":
+                    images = np.empty((ends[-1], *pixels.shape[1:]), np.uint8)
+                rows = images[start:end]
+                if pixels.dtype != np.uint8 or pixels.shape != rows.shape:
+                    found = f"{part}_images are {pixels.dtype} {pixels.shape}"
+                    raise ValueError(f"{found}, expected uint8 {rows.shape}")
+                rows[:] = pixels
+                del pixels  # before the next is read, so that only one part is in memory twice
     except Exception as error:  # of numpy, zipfile, zlib, ast: no documented, closed set
         problem = "not of MedMNIST's layout, damaged, or too large for the memory here"
         raise DataError(f"{path}: {problem} ({error!r})") from error
-    md5, class_names = md5 or _md5(path), _class_names(path, labels)
-    if md5 == MEDMNIST["tissuemnist"]:
-        class_names = TISSUEMNIST_CLASSES
-    return ImageData(images, labels, class_names, path.stem, str(path), md5, official)
+    _check(path, images, labels)
+    names = tuple(f"class {k}" for k in np.unique(labels))
+    names = TISSUEMNIST_CLASSES if md5 == MEDMNIST["tissuemnist"] else names
+    parts = Split(*map(np.arange, ends[:-1], ends[1:]))
+    return ImageData(images, labels.astype(np.int64), names, path.stem, str(path), md5, parts)
 
 
-def _read_parts(path: Path, npz: np.lib.npyio.NpzFile) -> tuple[np.ndarray, np.ndarray, Split]:
-    """Return the images and labels of all parts, and the rows of each part."""
-    labels = [npz[f"{part}_labels"] for part in PARTS]
-    ends = np.cumsum([len(found) for found in labels])
-    rows = Split(*np.split(np.arange(ends[-1]), ends[:-1]))
-    images = None
-    for part, index, found in zip(PARTS, rows, labels, strict=True):
-        n = len(index)
-        if found.dtype.kind not in "iu" or found.shape not in ((n,), (n, 1)):
-            raise DataError(
-                f"{path}: {part}_labels has dtype {found.dtype} and shape {found.shape}, expected "
-                "integers (N,) or (N, 1): one label an image"
-            )
-        pixels = npz[f"{part}_images"]
-        _check_images(f"{path}: {part}_images", pixels)
-        if len(pixels) != n:
-            raise DataError(f"{path}: {part} has {len(pixels)} images, but {n} labels")
-        if images is None:
-            images = np.empty((ends[-1], *pixels.shape[1:]), np.uint8)
-        images[index] = pixels
-        del pixels  # before the next is read, so that only one part is in memory twice
-    return images, np.concatenate(labels, axis=None).astype(np.int64), rows
-
-
-def _check_images(where: str | Path, images: np.ndarray) -> None:
-    square = images.ndim in (3, 4) and images.shape[1] == images.shape[2] >= 8
-    if images.dtype != np.uint8 or not square or images.shape[3:] not in ((), (3,)):
-        raise DataError(
-            f"{where} has dtype {images.dtype} and shape {images.shape}, expected uint8 squares of "
-            "at least 8 pixels, (N, H, H) or (N, H, H, 3)"
-        )
-
-
-def _class_names(where: str | Path, labels: np.ndarray | list[int]) -> tuple[str, ...]:
-    """Name the classes that occur, or raise DataError if they are not 0 to K-1."""
+def _check(where: str | Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Raise DataError unless images are squares, and labels as `ImageData` has them."""
+    side = max(images.shape[1:], default=0)
+    if side < 8 or images.shape[1:] not in ((side, side), (side, side, 3)):
+        expected = "(N, H, H) or (N, H, H, 3), H at least 8"
+        raise DataError(f"{where}: images have shape {images.shape}, expected {expected}")
     classes = np.unique(labels).tolist()
-    if len(classes) < 2 or classes != list(range(len(classes))):
+    usable = labels.dtype.kind in "iu" and len(labels) == len(images) and len(classes) >= 2
+    if not usable or classes != list(range(len(classes))):
         raise DataError(
-            f"{where}: labels must be 0 to K-1, every class present, K at least 2; "
-            f"the lowest found are {classes[:20]}"
+            f"{where}: labels must be 0 to K-1, one an image, every class present, K at least 2; "
+            f"found {len(labels)} {labels.dtype}, the lowest {classes[:20]}"
         )
-    return tuple(f"class {k}" for k in classes)
-
-
-# ---- digits --------------------------------------------------------------------------------------
 
 
 def _load_digits() -> ImageData:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = _enlarge_digits(digits.images.astype(np.int64))
-    labels = digits.target.astype(np.int64)
-    md5 = hashlib.md5(images.tobytes() + labels.astype("<i8").tobytes(), usedforsecurity=False)
-    source = "scikit-learn load_digits, 8x8 enlarged to 28x28"
-    names = tuple("0123456789")
-    return ImageData(images, labels, names, "digits", source, md5.hexdigest(), official=None)
-
-
-def _enlarge_digits(images: np.ndarray) -> np.ndarray:
-    """Enlarge (N, 8, 8) integers 0..16 to (N, 28, 28) uint8 0..255, bilinear, edge clamped.
-
-    Half-pixel centres put target pixel i at (i + 1/2) * 8/28 - 1/2 = (4 i - 5) / 14 of the
-    source: every weight is a whole number of 14ths, so integers give the same bytes everywhere.
-    """
+    # Enlarged bilinearly with clamped edges: pixel i of 28 lies at (i + 1/2) * 8/28 - 1/2 =
+    # (4 i - 5) / 14 of 8. Every weight is whole 14ths, so integers give the same bytes everywhere.
     position = np.clip(4 * np.arange(28) - 5, 0, 7 * 14)
-    low, weight = position // 14, position % 14
-    high = np.minimum(low + 1, 7)
-    rows = images[:, low] * (14 - weight)[:, None] + images[:, high] * weight[:, None]
-    both = rows[:, :, low] * (14 - weight) + rows[:, :, high] * weight
-    full = 14 * 14 * 16  # what the brightest pixel has become
-    return ((both * 255 + full // 2) // full).astype(np.uint8, order="C")
+    weights = np.maximum(14 - abs(position[:, None] - 14 * np.arange(8)), 0)
+    images = weights @ digits.images.astype(np.int64) @ weights.T
+    full = 14 * 14 * 16  # what the brightest pixel, 16, has become
+    images = ((images * 255 + full // 2) // full).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+    md5 = hashlib.md5(images.tobytes() + labels.tobytes(), usedforsecurity=False).hexdigest()
+    source = "scikit-learn load_digits, 8x8 enlarged to 28x28"
+    return ImageData(images, labels, tuple("0123456789"), "digits", source, md5, official=None)
 
 
 # ---- the authors' folders ------------------------------------------------------------------------
@@ -372,8 +306,7 @@ def convert(train_folder: str | Path, test_folder: str | Path | None, path: str 
 
     A folder has JPEG or PNG files named by integer id, padded or not; one CSV with the columns
     `Id,Cell type` lies beside them, or else in the folder's parent. Of colour images the first
-    channel is taken. Raises DataError if a folder is not as described, or images are damaged or
-    differ in size.
+    channel is taken. Raises DataError if a folder or an image is not so, or sizes differ.
 
     Parameters
     ----------
@@ -381,92 +314,71 @@ def convert(train_folder: str | Path, test_folder: str | Path | None, path: str 
         Its images, in ascending order of id, are shuffled with seed 0 and cut 80/20 % into train
         and validation images, as the authors did: 150,000 give 120,000 / 30,000.
     test_folder : str or Path or None
-        All of it is the test part. None: the first folder is split as `poster_split` does,
-        60/15/25 %.
+        All of it is the test part. None: the first folder is split by `poster_split`.
     path : str or Path
         The npz; must not exist.
     """
     path = Path(path)
     if path.exists():
         raise DataError(f"{path} exists already: name a new file")
-    files, labels = _list_images(Path(train_folder))
-    n = len(files)
+    pairs = _list_images(Path(train_folder))
+    n = len(pairs)
     if test_folder is None:
         parts = poster_split(n)
     else:
-        test_files, test_labels = _list_images(Path(test_folder))
-        files, labels = files + test_files, labels + test_labels
-        order = np.random.RandomState(0).permutation(np.arange(n))
-        end = n * 80 // 100
-        parts = Split(order[:end], order[end:], np.arange(n, len(files)))
-    _class_names("the folders", labels)  # refuses bad ones before minutes of decoding
-    images, labels = _decode(files), np.array(labels)[:, None]
+        pairs += _list_images(Path(test_folder))
+        parts = _draw(np.arange(n), n, 0, 80, 100)._replace(test=np.arange(n, len(pairs)))
+    files, labels = zip(*pairs, strict=True)
+    images, labels = _decode(files), np.array(labels)
+    _check("the folders", images, labels)
     arrays = {}
     for part, index in zip(PARTS, parts, strict=True):
-        arrays |= {f"{part}_images": images[index], f"{part}_labels": labels[index]}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        arrays |= {f"{part}_images": images[index], f"{part}_labels": labels[index, None]}
+    temporary = path.with_name(path.name + ".tmp.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)
 
 
-def _list_images(folder: Path) -> tuple[list[Path], list[int]]:
-    """Return a folder's image files in ascending order of id, and their labels."""
+def _list_images(folder: Path) -> list[tuple[Path, int]]:
+    """Return a folder's image files and their labels, in ascending order of id."""
     visible = folder.glob("[!.]*")  # macOS leaves hidden ._NAME.png
-    files = [file for file in visible if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    if not files:
-        raise DataError(f"{folder}: no folder, or no .jpg, .jpeg or .png files right in it")
+    paths = [path for path in visible if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     tables = sorted(folder.glob("[!.]*.csv")) or sorted(folder.resolve().parent.glob("[!.]*.csv"))
-    if len(tables) != 1:
-        found = ", ".join(map(str, tables)) or "none"
-        raise DataError(f"{folder}: one CSV expected in it, or else in its parent; found {found}")
-    table = tables[0]
+    if not paths or len(tables) != 1:
+        problem = "JPEG or PNG files expected in it, and one CSV in it or else in its parent"
+        raise DataError(f"{folder}: {problem}; found {len(paths)} and {len(tables)}")
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(int(row["Id"]), int(row["Cell type"])) for row in csv.DictReader(file)]
+        files = sorted((int(path.stem), path) for path in paths)
+        with tables[0].open(encoding="utf-8-sig", newline="") as table:
+            rows = sorted((int(row["Id"]), int(row["Cell type"])) for row in csv.DictReader(table))
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(f"{table}: columns Id,Cell type of integers expected: {error!r}") from error
-    try:
-        files.sort(key=lambda file: int(file.stem))
-    except ValueError as error:
-        raise DataError(f"{folder}: the images' names must be integer ids: {error}") from error
-    ids = [int(file.stem) for file in files]
-    num_files, num_rows = Counter(ids), Counter(i for i, _ in rows)
-    unpaired = [i for i in sorted(num_files | num_rows) if not num_files[i] == num_rows[i] == 1]
-    if unpaired:
-        i = unpaired[0]
-        raise DataError(
-            f"{folder}: every id must have one image and one row in {table.name}; {len(unpaired)} "
-            f"have not, such as {i} with {num_files[i]} images and {num_rows[i]} rows"
-        )
-    label_of = dict(rows)
-    return files, [label_of[i] for i in ids]
+        problem = f"images' names, and Id and Cell type in {tables[0]}, must be integers"
+        raise DataError(f"{folder}: {problem}: {error!r}") from error
+    num_files, num_rows = Counter(i for i, _ in files), Counter(i for i, _ in rows)
+    if unpaired := sorted((num_files - num_rows) | (num_rows - num_files)):
+        problem = f"every id must have one image and one row in {tables[0].name}"
+        raise DataError(f"{folder}: {problem}; {len(unpaired)} have not, such as {unpaired[0]}")
+    return [(path, label) for (_, path), (_, label) in zip(files, rows, strict=True)]
 
 
-def _decode(files: list[Path]) -> np.ndarray:
-    """Decode the first channel of JPEG and PNG files of one square size to (N, H, H) uint8."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(f"{error}: pip install -r requirements-figures.txt") from error
-    images = None
+def _decode(files: Sequence[Path]) -> np.ndarray:
+    """Decode the first channel of JPEG and PNG files of one size to (N, height, width) uint8."""
+    from PIL import Image
+
     for row, file in enumerate(files):
         try:
             with Image.open(file, formats=("JPEG", "PNG")) as image:
                 # Palettes and bits are not yet intensities.
                 plain = image.convert("RGB") if image.mode in ("1", "P") else image
                 pixels = np.asarray(plain.getchannel(0))
+            if row == 0:
+                images = np.empty((len(files), *pixels.shape), np.uint8)
+            if pixels.dtype != np.uint8 or pixels.shape != images.shape[1:]:
+                raise ValueError(f"{pixels.dtype} {pixels.shape}, {files[0]} {images.shape[1:]}")
+            images[row] = pixels
         except Exception as error:  # Pillow raises at least six kinds for damaged files
-            raise DataError(f"{file}: not a readable 8-bit JPEG or PNG file ({error})") from error
-        _check_images(file, pixels[None])
-        if images is None:
-            images = np.empty((len(files), *pixels.shape), np.uint8)
-        if pixels.shape != images.shape[1:]:
-            raise DataError(f"{file} has {pixels.shape} pixels, {files[0]} {images.shape[1:]}")
-        images[row] = pixels
+            problem = "not a readable 8-bit JPEG or PNG file of the others' size"
+            raise DataError(f"{file}: {problem} ({error})") from error
     return images
 
 
@@ -474,15 +386,13 @@ def _decode(files: list[Path]) -> np.ndarray:
 
 
 def _print_summary(image_data: ImageData) -> None:
-    print(f"name      {image_data.name}")
-    print(f"source    {image_data.source}")
-    print(f"md5       {image_data.md5}")
+    for field in ("name", "source", "md5"):
+        print(f"{field:<9} {getattr(image_data, field)}")
     print(f"images    uint8 {image_data.images.shape}")
-    train, valid, test = map(len, poster_split(len(image_data.labels)))
-    print(f"poster    {train:,} train, {valid:,} valid, {test:,} test")
-    if image_data.official is not None:
-        train, valid, test = map(len, image_data.official)
-        print(f"official  {train:,} train, {valid:,} valid, {test:,} test")
+    splits = {"poster": poster_split(len(image_data.labels)), "official": image_data.official}
+    for kind, parts in splits.items():
+        if parts:
+            print("{:<9} {:,} train, {:,} valid, {:,} test".format(kind, *map(len, parts)))
     counts = np.bincount(image_data.labels)
     for k, (name, count) in enumerate(zip(image_data.class_names, counts, strict=True)):
         print(f"class {k:<3} {count:>8,} {count / counts.sum():6.1%}  {name}")
@@ -502,10 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             case ["-h" | "--help"]:
                 print(__doc__)
                 return 0
-            case ["convert", train_folder, _]:
-                convert(train_folder, None, source)
-            case ["convert", train_folder, test_folder, _]:
-                convert(train_folder, test_folder, source)
+            case ["convert", train_folder, *test_folder, _] if len(test_folder) <= 1:
+                convert(train_folder, *test_folder or [None], source)
             case ["convert", *_] | [_, _, *_]:
                 raise DataError("expected [SOURCE], or convert TRAIN_FOLDER [TEST_FOLDER] OUT.npz")
         _print_summary(load(source, progress=_show))
