@@ -55,11 +55,8 @@ def test_splits_are_the_same_for_ever():
     assert len(np.unique(np.concatenate(split))) == 200_000
     assert np.isin(np.concatenate(tuning), np.concatenate(split[:2])).all()
     assert {part.dtype for part in (*split, *tuning)} == {np.dtype(np.int64)}
-    digests = [hashlib.sha256(np.concatenate(s).astype("<i8")).hexdigest() for s in (split, tuning)]
-    assert digests == [
-        "633aa40d59186a285eb050866f888a7dabb868753e1bb4e814fd4fa1b5eb3f8f",
-        "f468749e8ef1eba16173e22845a544e79b48852bee3eeaa08bad6170527bccd2",
-    ]
+    digest = hashlib.sha256(np.concatenate(split + tuning).astype("<i8")).hexdigest()
+    assert digest == "3635aae8c9f10c5256163b867638fe5b90fc2eb4bfd3af44ce819b570b0b3ed3"
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(1797, (1078, 269, 450)), (6, (3, 1, 2))])
@@ -144,11 +141,6 @@ def test_a_known_file_by_another_name(tmp_path, monkeypatch):
     assert (loaded.name, loaded.class_names[6]) == ("mine", "Proximal Tubule Segments")
 
 
-def labels(*values):
-    values = np.array(values)
-    return dict(train_labels=np.tile(values, 2), val_labels=values, test_labels=values)
-
-
 BAD_ARRAYS = [
     (dict(val_images=None), "not of MedMNIST's layout.*val_images is not a file"),
     (dict(train_images=np.zeros((8, 8, 8))), "train_images are float64"),
@@ -159,10 +151,10 @@ BAD_ARRAYS = [
     (arrays(shape=()), r"\(16,\), expected"),
     (dict(val_labels=np.zeros((4, 14), U8)), "one an image.* found 68 uint8"),
     (dict(val_labels=np.array([0, 1, 2, 3], object)), "damaged.*Object arrays cannot be loaded"),
-    (labels(0.0, 1.0, 2.0, 3.0), "found 16 float64"),
-    (labels(0, 1, -2, 3), r"every class present.* the lowest \[-2, 0, 1, 3\]"),
-    (labels(1, 2, 3, 4), r"the lowest \[1, 2, 3, 4\]"),
-    (labels(0, 0, 0, 0), r"K at least 2.* the lowest \[0\]"),
+    (dict(val_labels=np.zeros((4, 1))), "found 16 float64"),
+    (dict(val_labels=np.array([0, 1, 2, -2])), r"every class present.* lowest \[-2, 0, 1, 2, 3\]"),
+    (dict(val_labels=np.array([0, 1, 2, 5])), r"the lowest \[0, 1, 2, 3, 5\]"),
+    (arrays((1, 1, 1)), r"K at least 2.* the lowest \[0\]"),
 ]
 
 
@@ -236,11 +228,9 @@ def server(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["auto", "tissuemnist"])
 def test_download_once(server, tmp_path, source):
-    target, calls = tmp_path / "new" / "tissuemnist.npz", []
-    loaded = data.load(source, target.parent, progress=lambda *call: calls.append(call))
+    target = tmp_path / "new" / "tissuemnist.npz"
+    loaded = data.load(source, target.parent)
     assert target.read_bytes() == server.content
-    assert list(target.parent.iterdir()) == [target]
-    assert calls[-1] == (len(server.content), len(server.content))
     assert (loaded.name, loaded.source) == ("tissuemnist", str(target))
     assert data.load(source, target.parent, download=False).md5 == loaded.md5
     assert len(server.asked) == 1
@@ -254,7 +244,6 @@ def test_download_goes_on_after_a_cut(server, tmp_path):
     server.cut = False
     data.load("auto", tmp_path)
     assert server.asked == ["bytes=0-", f"bytes={half - 1}-"]
-    assert server.target.read_bytes() == server.content
 
 
 @pytest.mark.parametrize("status", [206, 200])  # 200: the server begins anew
@@ -262,7 +251,9 @@ def test_download_goes_on_after_a_cut(server, tmp_path):
 def test_download_goes_on_from_any_place(server, tmp_path, status, length):
     server.status = status
     server.part.write_bytes(server.content[:length])
-    data.load("tissuemnist", tmp_path)
+    calls = []
+    data.load("tissuemnist", tmp_path, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (len(server.content), len(server.content))
     assert server.target.read_bytes() == server.content
     assert not server.part.exists()
 
@@ -287,9 +278,7 @@ def test_wrong_bytes_are_found(server, tmp_path):
 def test_no_digits_where_a_connection_is(server, monkeypatch, scheme, status, download, message):
     server.status = status
     monkeypatch.setattr(data, "URL", data.URL.replace("http", scheme))
-    by_hand = re.escape(
-        f"fetch {data.URL.format(name='tissuemnist')} by hand to {server.target} (MD5 "
-    )
+    by_hand = rf"fetch {scheme}://127.0.0.1:.* by hand to {server.target} \(MD5 "
     with pytest.raises(data.DataError, match=f"{message}.*{by_hand}"):
         data.load("auto", server.target.parent, download)
 
@@ -309,13 +298,6 @@ def test_no_connection(server, tmp_path, capsys, monkeypatch, url, why):
         data.load("breastmnist")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_full_disk(server, tmp_path):
-    server.part.symlink_to("/dev/full")
-    with pytest.raises(data.DataError, match="No space left"):
-        data.load("auto", tmp_path)
-
-
 # ---- the authors' folders ------------------------------------------------------------------------
 
 LABELS = {7: 0, 12: 1, 100: 1, 3: 0, 50: 2}
@@ -327,7 +309,7 @@ def pixels_of(ids):
 
 def table(rows, name="labels.csv", columns="Id,Cell type"):
     lines = [columns, *(f"{i:05d},{label}" for i, label in rows.items())]
-    return lambda folder: (folder / name).write_text("\n".join(lines) + "\n")
+    return lambda folder: (folder / name).write_text("\n".join(lines), "utf-8-sig")
 
 
 def folder_of(place, labels, digits=6, suffix="png"):
@@ -382,7 +364,7 @@ def image(name, size=(28, 28), mode="L"):
 
 
 BAD_FOLDERS = [
-    (shutil.rmtree, "train: JPEG or PNG files expected in it, .* found 0 and 0"),
+    (lambda folder: [p.unlink() for p in folder.glob("*.png")], "JPEG or PNG .* found 0 and 1"),
     (table(LABELS, name="more.csv"), "one CSV in it or else in its parent; found 5 and 2"),
     (lambda folder: (folder / "labels.csv").unlink(), "found 5 and 0"),
     (lambda folder: (folder / "000003.png").unlink(), "row in labels.csv; 1 have not, such as 3"),
@@ -403,10 +385,9 @@ BAD_FOLDERS = [
 @pytest.mark.parametrize(("spoil", "message"), BAD_FOLDERS)
 def test_bad_folder(tmp_path, spoil, message):
     train = folder_of(tmp_path / "train", LABELS)
-    test = folder_of(tmp_path / "test", {9: 1, 2: 2})
     spoil(train)
     with pytest.raises(data.DataError, match=message):
-        data.convert(train, test, tmp_path / "cells.npz")
+        data.convert(train, train, tmp_path / "cells.npz")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
@@ -432,6 +413,8 @@ def test_convert_leaves_no_half_file(tmp_path, monkeypatch):
         (["."], r"\.: no such npz file, .*; see python data\.py --help"),
         (["a", "b"], "expected .*"),
         (["convert", "a"], "expected .*"),
+        (["convert", "a", "b", "c", "d"], "expected .*"),
+        (["a" * 300], ".*a{300}.*"),  # too long for a file's name
         (["convert", "a", "b", "."], r"\. exists already: .*"),
         (["convert", "a", "b.npz"], "a: JPEG or PNG files expected .*"),
         (["digits"], "import of sklearn.*"),
@@ -450,7 +433,8 @@ def test_main_interrupted(monkeypatch):
     assert data.main(["digits"]) == 130
 
 
-def test_alone_in_an_empty_folder(tmp_path):
+def test_alone_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     shutil.copy(data.__file__, tmp_path / "data.py")
     path = write(tmp_path / "cells.npz")
 
