@@ -24,7 +24,6 @@ import http.client
 import os
 import ssl
 import sys
-import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
@@ -172,7 +171,7 @@ def load(
     source : str or Path, optional
         A name in MEDMNIST: from `root`, or else from the network, its MD5 checked in either case.
         "auto": TissueMNIST, or, where no connection can be made, the digits, with a UserWarning
-        that says why. "digits": scikit-learn's, enlarged to 28x28. Else a file.
+        that says why. "digits": scikit-learn's, enlarged to 28x28. Else the path of an npz file.
     root : str or Path, optional
         Folder of the downloaded files.
     download : bool, optional
@@ -270,8 +269,7 @@ def _check(where: str | Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Raise DataError unless images are squares, and labels as `ImageData` has them."""
     side = max(images.shape[1:], default=0)
     if side < 8 or images.shape[1:] not in ((side, side), (side, side, 3)):
-        expected = "(N, H, H) or (N, H, H, 3), H at least 8"
-        raise DataError(f"{where}: images have shape {images.shape}, expected {expected}")
+        raise DataError(f"{where}: images {images.shape}, not (N, H, H) or (N, H, H, 3), H >= 8")
     classes = np.unique(labels).tolist()
     usable = labels.dtype.kind in "iu" and len(labels) == len(images) and len(classes) >= 2
     if not usable or classes != list(range(len(classes))):
@@ -343,7 +341,7 @@ def _list_images(folder: Path) -> list[tuple[Path, int]]:
     """Return a folder's image files and their labels, in ascending order of id."""
     visible = folder.glob("[!.]*")  # macOS leaves hidden ._NAME.png
     paths = [path for path in visible if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    tables = sorted(folder.glob("[!.]*.csv")) or sorted(folder.resolve().parent.glob("[!.]*.csv"))
+    tables = [*folder.glob("[!.]*.csv")] or [*folder.resolve().parent.glob("[!.]*.csv")]
     if not paths or len(tables) != 1:
         problem = "JPEG or PNG files expected in it, and one CSV in it or else in its parent"
         raise DataError(f"{folder}: {problem}; found {len(paths)} and {len(tables)}")
