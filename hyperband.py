@@ -6,18 +6,13 @@
     best = search(objective, {"learning_rate": LogUniform(1e-4, 1e-1)}, brackets(27), seed=0).best
 
 Source: Li, Jamieson, DeSalvo, Rostamizadeh, Talwalkar, "Hyperband: A Novel Bandit-Based Approach
-to Hyperparameter Optimization", JMLR 18(185), 2018, Algorithm 1. Its letters, and our names:
-
-- R is `max_resource`, the most that one trial may use, in epochs here: 1 to 1,000,000;
-- eta is `eta`, one in eta configurations survives a rung: 2 to 1,000,000;
-- s numbers the brackets, s_max = floor(log_eta(R)) down to 0; bracket s prunes s times;
-- n_i and r_i are a rung's ``configurations`` and ``resource``; r_i is cumulative.
+to Hyperparameter Optimization", JMLR 18(185), 2018, Algorithm 1. Its R is `max_resource`, the most
+that one trial may use (epochs here, 1 to 1,000,000), and one in `eta` configurations (2 to
+1,000,000) survives a rung; s = floor(log_eta(R)) .. 0 numbers the brackets, and n_i and r_i are a
+rung's ``configurations`` and ``resource``, which is cumulative.
 """
 
-import argparse
-import contextlib
 import copy
-import decimal
 import functools
 import json
 import math
@@ -25,20 +20,19 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 
 class SearchError(ValueError):
     """Bad bounds, a damaged or foreign log, an executor that failed, or only failed trials."""
-
-
-# ---- schedule ------------------------------------------------------------------------------------
 
 
 class Rung(NamedTuple):
@@ -52,33 +46,26 @@ class Rung(NamedTuple):
 POSTER_BRACKET = [Rung(27, 1), Rung(9, 3), Rung(3, 9), Rung(3, 27)]
 
 
-def _check_integer(name: str, value: int, least: int, most: int) -> None:
-    if not isinstance(value, int) or not least <= value <= most:
-        raise SearchError(f"{name} must be an integer from {least} to {most}, not {value!r}")
-
-
-def _s_max(max_resource: int, eta: int) -> int:
-    """Return the largest s with ``eta**s <= max_resource``, after checking both."""
-    _check_integer("max_resource", max_resource, 1, 10**6)  # about a million configurations
-    _check_integer("eta", eta, 2, 10**6)
+def brackets(max_resource: int, eta: int = 3) -> list[list[Rung]]:
+    """Give every bracket of Algorithm 1, s = s_max .. 0, each with its cheapest rung first."""
+    for name, value, least in ("max_resource", max_resource, 1), ("eta", eta, 2):
+        if not isinstance(value, int) or not least <= value <= 10**6:
+            raise SearchError(f"{name} must be an integer from {least} to 1000000, not {value!r}")
     # Not floor(log(R) / log(eta)): in floating point that is 4 for R = 243, eta = 3.
-    s = 0
-    while eta ** (s + 1) <= max_resource:
-        s += 1
-    return s
+    s_max = max(s for s in range(20) if eta**s <= max_resource)
+    schedule = []
+    for s in range(s_max, -1, -1):
+        n = -(-(s_max + 1) * eta**s // (s + 1))  # ceil(B/R * eta^s / (s + 1)), B = (s_max + 1) * R
+        schedule.append([Rung(n // eta**i, max_resource // eta ** (s - i)) for i in range(s + 1)])
+    return schedule
 
 
 def bracket(s: int, max_resource: int, eta: int = 3) -> list[Rung]:
-    """Give the s + 1 rungs of bracket `s` (0 .. s_max) of Algorithm 1, the cheapest first."""
-    s_max = _s_max(max_resource, eta)
-    _check_integer("s", s, 0, s_max)
-    n = -(-(s_max + 1) * eta**s // (s + 1))  # ceil(B/R * eta^s / (s + 1)), B = (s_max + 1) * R
-    return [Rung(n // eta**i, max_resource // eta ** (s - i)) for i in range(s + 1)]
-
-
-def brackets(max_resource: int, eta: int = 3) -> list[list[Rung]]:
-    """Give every bracket of Hyperband, s = s_max .. 0."""
-    return [bracket(s, max_resource, eta) for s in range(_s_max(max_resource, eta), -1, -1)]
+    """Give the s + 1 rungs of bracket `s` (0 .. s_max)."""
+    schedule = brackets(max_resource, eta)
+    if s not in range(len(schedule)):
+        raise SearchError(f"s must be an integer from 0 to {len(schedule) - 1}, not {s!r}")
+    return schedule[-1 - s]
 
 
 def total_resource(rungs: Sequence[Rung], retrain: bool = False) -> int:
@@ -112,13 +99,13 @@ class Choice:
 class _Range:
     low: float
     high: float
+    above = -math.inf
 
     def __post_init__(self) -> None:
-        if not self.low <= self.high:
-            raise SearchError(f"{self} needs low <= high")
+        if not self.above < self.low <= self.high:
+            raise SearchError(f"{self} needs {self.above} < low <= high")
 
 
-@dataclass(frozen=True)
 class Uniform(_Range):
     """A float from `low` to `high`."""
 
@@ -127,7 +114,6 @@ class Uniform(_Range):
         return self.low + (self.high - self.low) * rng.random()
 
 
-@dataclass(frozen=True)
 class IntUniform(_Range):
     """An integer from `low` to `high` (integers), both included."""
 
@@ -136,25 +122,17 @@ class IntUniform(_Range):
         return self.low + int(rng.random() * (self.high - self.low + 1))
 
 
-@dataclass(frozen=True)
 class LogUniform(_Range):
     """A float from `low` to `high` (both above 0) whose logarithm is uniform."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.low <= 0:
-            raise SearchError(f"{self} needs low above 0")
+    above = 0
 
     def sample(self, rng: random.Random) -> float:
         """Draw one float."""
-        exact = decimal.Context(prec=30)  # ln and exp are correctly rounded here, unlike math's
-        u = decimal.Decimal(rng.random())
-        low, high = (exact.ln(decimal.Decimal(value)) for value in (self.low, self.high))
-        # 30 digits are so many more than a float's that both ends are met exactly.
-        return float(exact.exp(exact.add(low, exact.multiply(exact.subtract(high, low), u))))
-
-
-# ---- the algorithm -------------------------------------------------------------------------------
+        # Rounded correctly, unlike math's ln and exp; with 30 digits both ends are met exactly.
+        with localcontext(Context(prec=30)):
+            low, high = Decimal(self.low).ln(), Decimal(self.high).ln()
+            return float((low + (high - low) * Decimal(rng.random())).exp())
 
 
 class Trial(NamedTuple):
@@ -165,9 +143,9 @@ class Trial(NamedTuple):
     trial: int  # number of the configuration, counted from 0 over the whole search
     configuration: dict[str, Any]
     resource: int  # cumulative, at which `loss` was measured
-    loss: float | None  # finite; None where the trial failed
-    seconds: float
-    error: str | None  # why the trial failed, else None
+    loss: float | None = None  # finite; None where the trial failed
+    seconds: float = 0.0
+    error: str | None = None  # why the trial failed, else None
 
 
 class SearchResult(NamedTuple):
@@ -175,72 +153,6 @@ class SearchResult(NamedTuple):
 
     best: Trial  # the lowest loss at the largest resource reached; the earlier trial of a tie
     trials: list[Trial]  # every finished trial, in the order of the schedule
-
-
-def _hyperband(
-    space: Mapping[str, Any],
-    schedule: Sequence[Sequence[Rung]],
-    seed: int,
-    retrain: bool,
-    recorded: list[tuple[str, Trial]],
-    run: Callable[[list[Trial], list[tuple], int], list[Trial]],
-    drop: Callable[[Trial], Any],
-) -> SearchResult:
-    """Do Algorithm 1 with any schedule: the one loop of `search` and `replay`.
-
-    `recorded` is what `_read_log` returns. ``run(trials, plans, previous)`` completes a rung's
-    trials, of which the log had the first; a plan is a trial's first five fields.
-    ``drop(trial)`` is called for each whose state on its rung nobody needs any more.
-    """
-    rng, lines, finished, count = random.Random(seed), iter(recorded), [], 0
-    for b, rungs in enumerate(schedule):  # for s in s_max .. 0
-        previous, entrants = 0, []
-        for _ in range(rungs[0].configurations):  # T
-            drawn = {name: sampler.sample(rng) for name, sampler in space.items()}
-            # As the log would give it back, so that a replayed trial is the same.
-            entrants.append((count, json.loads(json.dumps(drawn, allow_nan=False))))
-            count += 1
-        for i, (_, r_i) in enumerate(rungs):
-            plans = [(b, i, number, drawn, r_i) for number, drawn in entrants]
-            trials = run(_recall(lines, plans), plans, previous)
-            finished += trials
-            # T = top_k(T, L, n_(i+1)); what failed never goes on, so there may be fewer.
-            last = i + 1 == len(rungs)
-            k = 1 if last else rungs[i + 1].configurations
-            good = [t for t in trials if t.loss is not None]
-            top = sorted(good, key=lambda t: (t.loss, t.trial))[:k]
-            entrants = [(t.trial, t.configuration) for t in top]
-            for t in trials:
-                if t not in top or (retrain and not last):
-                    drop(t)
-            previous = 0 if retrain else r_i
-    for where, _ in lines:
-        raise SearchError(f"{where} belongs to another search, as this one ends a line before")
-    good = [t for t in finished if t.loss is not None]
-    if not good:
-        raise SearchError(f"all {len(finished)} trials failed; the first: {finished[0].error}")
-    best = min(good, key=lambda t: (-t.resource, t.loss, t.trial))
-    for t in finished:
-        if t.trial != best.trial:  # the other brackets' best
-            drop(t)
-    return SearchResult(best, finished)
-
-
-def _recall(lines: Iterator[tuple[str, Trial]], plans: list[tuple]) -> list[Trial]:
-    """Take the trials of these plans, or as many as are left, from a log's lines."""
-    trials = []
-    for plan, (where, trial) in zip(plans, lines, strict=False):
-        logged, planned = json.dumps(trial[:5]), json.dumps(plan)  # as text 1, 1.0, true differ
-        if logged != planned:
-            raise SearchError(
-                f"{where} belongs to another search or was changed: it has {logged}, this search "
-                f"{planned}; give this search another log"
-            )
-        trials.append(trial)
-    return trials
-
-
-# ---- search --------------------------------------------------------------------------------------
 
 
 def search(
@@ -257,9 +169,8 @@ def search(
 ) -> SearchResult:
     """Minimise `objective` over `space` by successive halving.
 
-    Within a bracket the best of a rung go on to the next; ties keep the earlier trial. A trial
-    that raises, or whose loss is NaN or infinite, has failed: it is logged and never goes on. An
-    OSError (a full disk) ends the search instead, as no configuration is to blame for it.
+    A trial that raises, or whose loss is NaN or infinite, has failed: it is logged and never goes
+    on. An OSError (a full disk) ends the search instead, as no configuration is to blame for it.
 
     Parameters
     ----------
@@ -269,22 +180,21 @@ def search(
         the trial's own and still holds what its last call left there; after an interrupted run it
         may hold more than `previous`, up to `resource`. With a process executor it must pickle.
     space : mapping of str to sampler
-        Anything with ``.sample(random.Random)`` that gives JSON values, such as `Choice`; drawn in
-        the mapping's order. A tuple becomes a list.
+        Drawn in this order. A sampler, such as `Choice`, has ``.sample(random.Random)``, which
+        gives a JSON value; a tuple becomes a list.
     schedule : sequence of brackets
         ``brackets(81)`` or ``[POSTER_BRACKET]``: in a bracket n never grows and r never falls.
     seed : int
         Decides every configuration; 0 or more.
     log : path, optional
-        One JSON line a finished trial: the fields of `Trial`. Where it holds lines already, the
-        search replays them and continues after the last; a line that was cut off is dropped.
+        A JSON line a finished trial: the fields of `Trial`. The lines that it has already are
+        replayed, and the search goes on after the last; a line that was cut off is dropped.
     folder : path, optional
-        Where the trials keep their state, as ``trial-0007``; a temporary folder by default, so give
-        one where `log` is to be continued by an objective that keeps state. A folder whose trial is
-        out is removed, so at the end only the best trial's is left.
+        Where the trials keep their state, as ``trial-0007``; at the end only the best trial's is
+        left. By default a temporary one, with which `log` can't continue what keeps state.
     retrain : bool
-        Start every rung again from nothing (`previous` is 0, the folder a new one, such as
-        ``trial-0007-rung-1``), as the poster's upstream code did.
+        Start every rung again from nothing, as the poster's upstream code did: `previous` is 0,
+        the folder a new one, such as ``trial-0007-rung-1``.
     executor : concurrent.futures.Executor, optional
         Runs the trials of a rung side by side; results and log do not depend on it. When the
         search ends early, trials that run are not waited for: end them before it goes on.
@@ -294,78 +204,85 @@ def search(
     Raises
     ------
     SearchError
-        The log belongs to another search or is damaged, every trial failed, or the executor did
-        (a dead worker); after the last, the same call goes on from the log.
+        The log is damaged or another search's, every trial failed, or the executor did (a dead
+        worker); after the last, and after an OSError, the same call goes on from the log.
     OSError
-        The log or a trial's state can't be written; here, too, the same call goes on.
+        The log or a trial's state can't be written.
     """
-    recorded = []
-    if log is not None:
-        log = Path(log)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        if log.exists():
-            recorded, cut = _read_log(log)
-            if cut:
-                os.truncate(log, log.stat().st_size - len(cut))
+    rng, entered, finished = random.Random(seed), 0, []
+    logged = [] if log is None else _read_log(Path(log), mend=objective is not None)
 
-    def folder_of(number: int, rung: int) -> Path:
-        return Path(place, f"trial-{number:04d}" + (f"-rung-{rung}" if retrain and rung else ""))
+    def folder_of(trial: Trial) -> Path:
+        return Path(place, f"trial-{trial.trial:04d}" + f"-rung-{trial.rung}" * retrain)
 
-    def drop(trial: Trial) -> None:
-        shutil.rmtree(folder_of(trial.trial, trial.rung), ignore_errors=True)
-
-    def run(trials: list[Trial], plans: list[tuple], previous: int) -> list[Trial]:
-        for trial in trials:
-            on_trial(trial, True)
-        plans = plans[len(trials) :]
-        calls = [(drawn, previous, r, folder_of(n, i)) for _, i, n, drawn, r in plans]
-        # Closed, what has not begun is cancelled; to wait for what has would hold up Ctrl-C.
-        with contextlib.closing(_outcomes(objective, calls, executor)) as outcomes:
-            for plan, outcome in zip(plans, outcomes, strict=True):
-                trial = Trial(*plan, *outcome)
+    def run(plans: list[Trial], previous: int) -> Iterator[Trial]:
+        known = logged[len(finished) :][: len(plans)]
+        for line, (trial, plan) in enumerate(zip(known, plans, strict=False), len(finished) + 1):
+            if trial[:5] != plan[:5]:
+                text = f"{log}: line {line} has {trial[:5]}, this search {plan[:5]}"
+                raise SearchError(f"{text}: it was changed, or belongs to another search")
+            yield trial
+        plans = plans[len(known) :]
+        if plans and objective is None:
+            raise SearchError(f"{log}: the log ends before the search does; finish that first")
+        each = map if executor is None else executor.map
+        evaluate = functools.partial(_evaluate, objective, previous)
+        try:
+            for trial in each(evaluate, plans, [*map(folder_of, plans)]):
                 if log is not None:
-                    with log.open("a", encoding="utf-8", newline="\n") as file:
-                        file.write(json.dumps(trial._asdict(), allow_nan=False) + "\n")
-                trials.append(trial)
-                on_trial(trial, False)
-        return trials
+                    with Path(log).open("a", newline="\n") as file:
+                        file.write(json.dumps(trial._asdict()) + "\n")
+                yield trial
+        except OSError:
+            raise
+        except Exception as error:  # not the objective's: a dead worker, what does not pickle
+            text = f"the executor failed: {error!r}; the same search again goes on from its log"
+            raise SearchError(text) from error
 
-    state = contextlib.nullcontext(folder)
-    if folder is None:  # where a trial that is not waited for may still write
-        state = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with state as place:
-        return _hyperband(space, schedule, seed, retrain, recorded, run, drop)
+    # A trial that is not waited for may still write while the folder is removed.
+    with nullcontext(folder) if folder else TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        for b, rungs in enumerate(schedule):  # for s in s_max .. 0
+            entrants = []  # T, with its losses L
+            for _ in range(rungs[0].configurations):
+                drawn = {name: sampler.sample(rng) for name, sampler in space.items()}
+                # As the log would give it back, so that a replayed trial is the same.
+                entrants.append((0.0, entered, json.loads(json.dumps(drawn, allow_nan=False))))
+                entered += 1
+            for i, (n_i, r_i) in enumerate(rungs):
+                # T = top_k(T, L, n_i); what failed never goes on, so there may be fewer.
+                plans = [Trial(b, i, k, drawn, r_i) for _, k, drawn in sorted(entrants)[:n_i]]
+                previous = 0 if retrain or i == 0 else rungs[i - 1].resource
+                entrants = []
+                # Ended early, the loop closes `run`, which cancels what has not begun.
+                for trial in run(plans, previous):
+                    finished.append(trial)
+                    on_trial(trial, len(finished) <= len(logged))
+                    if trial.loss is not None:
+                        entrants.append((trial.loss, trial.trial, trial.configuration))
+        if len(logged) > len(finished):
+            raise SearchError(f"{log}: line {len(finished) + 1} belongs to another search")
+        good = [t for t in finished if t.loss is not None]
+        if not good:
+            raise SearchError(f"all {len(finished)} trials failed; the first: {finished[0].error}")
+        best = min(good, key=lambda t: (-t.resource, t.loss, t.trial))
+        for path in {*map(folder_of, finished)} - {folder_of(best)}:
+            shutil.rmtree(path, ignore_errors=True)
+    return SearchResult(best, finished)
 
 
-def _outcomes(objective: Callable, calls: list[tuple], executor: Executor | None) -> Iterator:
-    """Yield what `_evaluate` returns for each call, in the order of the calls."""
-    each = map if executor is None else executor.map
-    try:
-        yield from each(functools.partial(_evaluate, objective), calls)
-    except OSError:
-        raise
-    except Exception as error:  # not the objective's: a dead worker, what does not pickle
-        raise SearchError(
-            f"the executor failed: {error!r}; start the same search again to go on from its log"
-        ) from error
-
-
-def _evaluate(objective: Callable, call: tuple) -> tuple[float | None, float, str | None]:
-    """Run one trial, maybe in another process; return its loss, seconds and error."""
-    configuration, previous, resource, folder = call
+def _evaluate(objective: Callable, previous: int, plan: Trial, folder: Path) -> Trial:
+    """Run one trial, maybe in another process."""
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    loss, error, started = None, None, time.perf_counter()
     try:
-        loss = float(objective(copy.deepcopy(configuration), previous, resource, folder))
-        error = None if math.isfinite(loss) else f"the loss is {loss}"
+        loss = float(objective(copy.deepcopy(plan.configuration), previous, plan.resource, folder))
+        if not math.isfinite(loss):
+            loss, error = None, f"the loss is {loss}"
     except OSError:
         raise  # a full disk or a folder that is gone is no configuration's fault
     except Exception as exc:
         error = repr(exc)
-    return None if error else loss, time.perf_counter() - started, error
-
-
-# ---- log -----------------------------------------------------------------------------------------
+    return plan._replace(loss=loss, seconds=time.perf_counter() - started, error=error)
 
 
 def replay(
@@ -381,68 +298,50 @@ def replay(
     seconds and errors are taken from it. Arguments, result and errors are those of `search`; it is
     a SearchError, too, where the log ends before the search does.
     """
-    recorded, _ = _read_log(Path(log))
-
-    def run(trials: list[Trial], plans: list[tuple], previous: int) -> list[Trial]:
-        if len(trials) < len(plans):
-            raise SearchError(
-                f"{log}: the log ends before the search does; start the same search again to finish"
-            )
-        return trials
-
-    return _hyperband(space, schedule, seed, retrain, recorded, run, lambda trial: None)
+    return search(None, space, schedule, seed, log=log, retrain=retrain)
 
 
-def _read_log(log: Path) -> tuple[list[tuple[str, Trial]], bytes]:
-    """Read the finished trials, each with its place, and what a kill left of a last line."""
+def _read_log(log: Path, mend: bool) -> list[Trial]:
+    """Read the finished trials; `mend` makes a log that is missing, and drops a cut last line."""
+    if mend:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
     *lines, cut = log.read_bytes().split(b"\n")
     if not cut.startswith(b'{"bracket": '[: len(cut)]):
-        lines.append(b"")  # not ours: a wrong file, to be refused and left as it is
-    recorded = []
+        lines.append(b"")  # a wrong file, to be refused and left as it is
+    trials = []
     for number, line in enumerate(lines, 1):
-        where = f"{log}: line {number}"
         try:
             trial = Trial(**json.loads(line))
-            fit = trial.loss is None if trial.error else abs(trial.loss) < math.inf  # NaN is not
-            fit = fit and 0 <= trial.seconds < math.inf
-        except (ValueError, TypeError):  # no JSON, other fields, a value of another type
-            fit = False
-        if not fit:
-            raise SearchError(
-                f"{where} is damaged; remove it and the lines after it to run those trials again"
-            )
-        recorded.append((where, trial))
-    return recorded, cut
-
-
-# ---- command line --------------------------------------------------------------------------------
+            if not (math.isfinite(trial.seconds) and math.isfinite(trial.loss or 0)):
+                raise ValueError
+        except (ValueError, TypeError) as error:  # no JSON, other fields, a value of another type
+            text = f"{log}: line {number} is damaged; remove it and what follows to run that again"
+            raise SearchError(text) from error
+        trials.append(trial)
+    if mend:
+        os.truncate(log, log.stat().st_size - len(cut))
+    return trials
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the brackets for R and eta, or the poster's."""
-    parser = argparse.ArgumentParser(
-        prog="hyperband.py", description="Print Hyperband's brackets, or the poster's without R."
-    )
-    # One line, without the usage.
-    parser.error = lambda text: parser.exit(2, f"hyperband.py: error: {text}\n")
-    parser.add_argument("R", nargs="?", type=int, help="most epochs a trial may use")
-    parser.add_argument("eta", nargs="?", type=int, default=3, help="one in eta survives; 3")
-    arguments = parser.parse_args(argv)
-    schedule = [POSTER_BRACKET]
-    if arguments.R is not None:
-        try:
-            schedule = brackets(arguments.R, arguments.eta)
-        except SearchError as error:
-            parser.error(str(error))
-    lines = [" s   epochs  retraining  n@r: n configurations up to r epochs each"]
-    for rungs in schedule:
-        flow = " -> ".join(f"{n}@{r}" for n, r in rungs)
-        epochs, retraining = total_resource(rungs), total_resource(rungs, retrain=True)
-        lines.append(f"{len(rungs) - 1:2} {epochs:8} {retraining:11}  {flow}")
+    words = sys.argv[1:] if argv is None else argv
+    if words in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
-        print(*lines, sep="\n", flush=True)
+        schedule = brackets(*map(int, words)) if words else [POSTER_BRACKET]
+        print(" s   epochs  retraining  n@r: n configurations up to r epochs each")
+        for rungs in schedule:
+            flow = " -> ".join(f"{n}@{r}" for n, r in rungs)
+            epochs, retraining = total_resource(rungs), total_resource(rungs, retrain=True)
+            print(f"{len(rungs) - 1:2} {epochs:8} {retraining:11}  {flow}", flush=True)
     except BrokenPipeError:  # | head; else Python would complain of it at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (TypeError, ValueError) as error:  # the number of arguments; SearchError or int's
+        print(f"hyperband.py: error: {error}; expected [R [eta]]", file=sys.stderr)
+        return 2
     return 0
 
 

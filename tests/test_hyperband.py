@@ -1,6 +1,7 @@
 """hyperband.py: schedule, samplers, search, log, executors, command line. Nothing is timed."""
 
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,17 +24,7 @@ from hyperband import Choice, IntUniform, LogUniform, Rung, SearchError, Uniform
 SPACE = {"x": Uniform(0, 1), "rate": LogUniform(1e-3, 1), "k": IntUniform(1, 8)}
 SCHEDULE = [[Rung(5, 1), Rung(2, 3), Rung(2, 9)], [Rung(4, 3), Rung(1, 9)]]  # 14 trials
 
-# ---- schedule ------------------------------------------------------------------------------------
-
-
-def test_table_1_of_the_paper():
-    assert hyperband.brackets(81, 3) == [
-        [(81, 1), (27, 3), (9, 9), (3, 27), (1, 81)],
-        [(34, 3), (11, 9), (3, 27), (1, 81)],
-        [(15, 9), (5, 27), (1, 81)],
-        [(8, 27), (2, 81)],
-        [(5, 81)],
-    ]
+# ---- schedule and search space -------------------------------------------------------------------
 
 
 def algorithm_1(most, eta):
@@ -57,21 +48,6 @@ def test_brackets_are_algorithm_1(eta):
     assert hyperband.bracket(1, 27, eta) == hyperband.brackets(27, eta)[-2]
 
 
-def test_total_resource():
-    assert hyperband.total_resource(hyperband.POSTER_BRACKET) == 117
-    assert hyperband.total_resource(hyperband.POSTER_BRACKET, retrain=True) == 162
-    # It differs from Hyperband's in the last rung alone.
-    assert hyperband.POSTER_BRACKET[:3] == hyperband.bracket(3, 27)[:3]
-
-
-# ---- search space --------------------------------------------------------------------------------
-
-
-def fixed(value):
-    """A generator whose next number is known."""
-    return SimpleNamespace(random=lambda: value)
-
-
 @pytest.mark.parametrize(
     ("sampler", "drawn"),
     [
@@ -89,16 +65,30 @@ def test_a_seed_draws_the_same_for_ever(sampler, drawn):
 
 @pytest.mark.parametrize(("low", "high"), [(1e-300, 1e300), (0.1, 0.1), (1e-4, 0.3), (1, 3)])
 def test_ranges_reach_their_ends_and_no_further(low, high):
-    last = fixed(1 - 2**-53)  # the largest value that Random.random gives
+    first, middle, last = (SimpleNamespace(random=lambda u=u: u) for u in (0.0, 0.5, 1 - 2**-53))
     for sampler in (Uniform(low, high), LogUniform(low, high)):
-        assert sampler.sample(fixed(0.0)) == low
-        assert low <= sampler.sample(last) <= high
-    middle = LogUniform(low, high).sample(fixed(0.5))
-    assert middle == pytest.approx(math.sqrt(low) * math.sqrt(high), rel=1e-13)
+        assert sampler.sample(first) == low <= sampler.sample(last) <= high
+    geometric = math.sqrt(low) * math.sqrt(high)
+    assert LogUniform(low, high).sample(middle) == pytest.approx(geometric, rel=1e-13)
     for n in (1, 3, 49, 2**53):
-        assert IntUniform(-2, n - 3).sample(fixed(0.0)) == -2
-        assert IntUniform(-2, n - 3).sample(last) == n - 3
+        assert [IntUniform(-2, n - 3).sample(rng) for rng in (first, last)] == [-2, n - 3]
     assert Choice("abc").sample(last) == "c"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: hyperband.brackets(3.0), "max_resource must be an integer from 1 to 1000000, not"),
+        (lambda: hyperband.brackets(10**7), "max_resource must be"),
+        (lambda: hyperband.bracket(3, 26), "s must be an integer from 0 to 2, not 3"),
+        (lambda: Uniform(1, 0), "low <= high"),
+        (lambda: LogUniform(math.nan, 1), "low <= high"),
+        (lambda: LogUniform(0, 1), "0 < low"),
+    ],
+)
+def test_bad_arguments(call, words):
+    with pytest.raises(SearchError, match=words):
+        call()
 
 
 # ---- search --------------------------------------------------------------------------------------
@@ -160,7 +150,7 @@ def records(log):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return [path.name for path in folder.iterdir()]
 
 
 spawn = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
@@ -187,11 +177,13 @@ def test_search_is_successive_halving_whatever_runs_it(make, retrain, tmp_path):
     assert replay(log, SPACE, SCHEDULE, 4, retrain) == result
 
 
-def script(losses):
+def script(losses, calls=None):
     """An objective with losses by (trial, resource), or by trial; an exception is raised."""
 
     def objective(configuration, previous, resource, folder):
         number = number_of(folder)
+        if calls is not None:
+            calls.append((number, previous, resource))
         loss = losses.get((number, resource), losses.get(number, 0.0))
         if isinstance(loss, BaseException):
             raise loss
@@ -200,26 +192,29 @@ def script(losses):
     return objective
 
 
-def test_a_tie_goes_to_the_earlier_trial_and_the_largest_resource_decides():
+@pytest.mark.parametrize("retrain", [False, True])
+def test_a_tie_goes_to_the_earlier_trial_and_the_largest_resource_decides(retrain):
     losses = {0: 0.5, 1: 0.2, 2: 0.2, 3: 0.2, (1, 4): 0.9, (2, 4): 0.9, 4: 0.1, (4, 4): 0.9}
-    result = search(script(losses), SPACE, [[Rung(4, 1), Rung(2, 4)], [Rung(1, 4)], [Rung(1, 3)]])
-    assert [t.trial for t in result.trials] == [0, 1, 2, 3, 1, 2, 4, 5]
-    assert (result.best.trial, result.best.loss) == (1, 0.9)  # trial 5 has 0 at less
+    schedule, calls = [[Rung(4, 1), Rung(2, 4)], [Rung(1, 4)], [Rung(1, 3)]], []
+    best = search(script(losses, calls), SPACE, schedule, retrain=retrain).best
+    assert calls == [
+        *((number, 0, 1) for number in range(4)),
+        *((1, 1 - retrain, 4), (2, 1 - retrain, 4)),
+        *((4, 0, 4), (5, 0, 3)),
+    ]
+    assert (best.trial, best.loss) == (1, 0.9)  # trial 5 has 0 at less
 
 
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (math.nan, "the loss is nan"),
         (-math.inf, "the loss is -inf"),
-        (ValueError("two\nlines"), r"ValueError('two\nlines')"),
+        (ValueError("two\nlines, \udcff"), r"ValueError('two\nlines, \udcff')"),
         ("text", """ValueError("could not convert string to float: 'text'")"""),
-        (UnicodeError("\udcff é"), r"UnicodeError('\udcff é')"),
     ],
 )
 def test_a_failed_trial_is_logged_and_never_goes_on(bad, error, tmp_path):
-    log = tmp_path / "log"
-    schedule = [[Rung(3, 1), Rung(3, 2), Rung(2, 3)]]
+    log, schedule = tmp_path / "log", [[Rung(3, 1), Rung(3, 2), Rung(2, 3)]]
     result = search(script({0: bad, (2, 2): bad, 1: 5.0}), SPACE, schedule, log=log)
     assert [(t.trial, t.error) for t in result.trials] == [
         *((0, error), (1, None), (2, None)),
@@ -229,11 +224,10 @@ def test_a_failed_trial_is_logged_and_never_goes_on(bad, error, tmp_path):
     assert replay(log, SPACE, schedule) == result
 
 
-def test_where_all_fail_the_search_says_so(tmp_path):
+def test_where_all_fail_the_search_says_so():
     objective = script(dict.fromkeys(range(3), ZeroDivisionError("why")))
     with pytest.raises(SearchError, match=r"^all 3 trials failed; the first: ZeroDivisionError"):
-        search(objective, SPACE, [[Rung(3, 1), Rung(1, 2)]], folder=tmp_path)
-    assert names(tmp_path) == []
+        search(objective, SPACE, [[Rung(3, 1), Rung(1, 2)]])
 
 
 def test_an_objective_gets_a_copy_of_what_is_logged():
@@ -242,38 +236,7 @@ def test_an_objective_gets_a_copy_of_what_is_logged():
     assert [t.configuration for t in result.trials] == [{"v": [0]}] * 3
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: hyperband.brackets(3.0), "max_resource must be an integer from 1 to 1000000, not"),
-        (lambda: hyperband.brackets(10**7), "max_resource must be"),
-        (lambda: hyperband.bracket(0, 9, 1), "eta must be an integer from 2"),
-        (lambda: hyperband.bracket(3, 26), "s must be an integer from 0 to 2, not 3"),
-        (lambda: Uniform(1, 0), "low <= high"),
-        (lambda: LogUniform(math.nan, 1), "low <= high"),
-        (lambda: LogUniform(0, 1), "low above 0"),
-    ],
-)
-def test_bad_arguments(call, words):
-    with pytest.raises(SearchError, match=re.escape(words)):
-        call()
-
-
 # ---- going on ------------------------------------------------------------------------------------
-
-
-class Dies:
-    """`walk`, interrupted in the middle of call number `at`."""
-
-    def __init__(self, at):
-        self.left = at
-
-    def __call__(self, configuration, previous, resource, folder):
-        self.left -= 1
-        if self.left == -1:
-            walk(configuration, previous, (previous + resource + 1) // 2, folder)
-            raise KeyboardInterrupt
-        return walk(configuration, previous, resource, folder)
 
 
 @pytest.fixture(scope="module")
@@ -284,38 +247,41 @@ def finished(tmp_path_factory):
     return log.read_bytes().splitlines(keepends=True), result
 
 
+def dying(at):
+    """`walk`, interrupted in the middle of call number `at`."""
+    calls = itertools.count()
+
+    def objective(configuration, previous, resource, folder):
+        if next(calls) == at:
+            walk(configuration, previous, (previous + resource + 1) // 2, folder)
+            raise KeyboardInterrupt
+        return walk(configuration, previous, resource, folder)
+
+    return objective
+
+
 @pytest.mark.parametrize("retrain", [False, True])
 def test_killed_anywhere_a_search_goes_on(retrain, finished, tmp_path):
-    for k, line in enumerate(finished[0]):
+    lines, result = finished
+    for k, line in enumerate(lines):
         log, place, seen = tmp_path / f"log-{k}", tmp_path / f"state-{k}", []
         keep = {"log": log, "folder": place, "retrain": retrain}
         with pytest.raises(KeyboardInterrupt):
-            search(Dies(k), SPACE, SCHEDULE, 4, **keep)
+            search(dying(k), SPACE, SCHEDULE, 4, **keep)
         with log.open("ab") as file:
             file.write(line[: (1, 40, -1)[k % 3]])  # what a kill leaves of a line
-        assert log.read_bytes().count(b"\n") == k
+        left = log.read_bytes()
         with pytest.raises(SearchError, match="the log ends before the search does"):
             replay(log, SPACE, SCHEDULE, 4, retrain)
+        assert log.read_bytes() == left and left.count(b"\n") == k
         again = search(
             walk, SPACE, SCHEDULE, 4, **keep,
             on_trial=lambda trial, replayed, seen=seen: seen.append(replayed),
         )  # fmt: skip
-        assert short(again) == short(finished[1])
+        assert short(again) == short(result)
         assert records(log) == [trial._asdict() for trial in again.trials]
-        assert seen == [n < k for n in range(len(finished[0]))]
+        assert seen == [n < k for n in range(len(lines))]
         assert len(names(place)) == 1
-
-
-def test_leftovers_of_a_kill_are_removed(finished, tmp_path):
-    lines, result = finished
-    log, place = tmp_path / "log", tmp_path / "state"
-    log.write_bytes(b"".join(lines))
-    for n in range(9):
-        (place / f"trial-{n:04d}").mkdir(parents=True)
-    (place / "trial-notes").touch()
-    assert search(None, SPACE, SCHEDULE, 4, log=log, folder=place) == result
-    assert names(place) == [f"trial-{result.best.trial:04d}", "trial-notes"]
-    assert log.read_bytes() == b"".join(lines)
 
 
 @pytest.mark.parametrize("threads", [False, True])
@@ -324,7 +290,6 @@ def test_a_full_disk_ends_the_search_and_fails_no_trial(threads, tmp_path):
     with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="No space"):
         search(script(losses), SPACE, [[Rung(4, 1)]], log=log, executor=pool if threads else None)
     assert [record["trial"] for record in records(log)] == [0, 1]
-    assert len(search(script({}), SPACE, [[Rung(4, 1)]], log=log).trials) == 4
 
 
 def exits_once(configuration, previous, resource, folder):
@@ -342,26 +307,25 @@ def test_a_dead_worker_ends_the_search_which_then_goes_on(finished, tmp_path):
             with pytest.raises(SearchError, match=r"the executor failed: BrokenProcessPool.+go"):
                 search(exits_once, SPACE, SCHEDULE, 4, **keep, executor=pool)
     assert len(records(keep["log"])) == 2
-    with ThreadPoolExecutor(1) as pool:
-        again = search(exits_once, SPACE, SCHEDULE, 4, **keep, executor=pool)
+    again = search(exits_once, SPACE, SCHEDULE, 4, **keep)
     assert short(again) == short(finished[1])
 
 
 def test_an_objective_that_does_not_pickle_fails_no_trial(tmp_path):
     with spawn(1) as pool, pytest.raises(SearchError, match=r"the executor failed: .*pickle"):
         search(lambda *_: 0.0, SPACE, SCHEDULE, log=tmp_path / "log", executor=pool)
-    assert not (tmp_path / "log").exists()
+    assert records(tmp_path / "log") == []
 
 
-def test_an_interrupt_waits_for_no_trial(tmp_path):
-    begun, leave, ended, ran = threading.Event(), threading.Event(), threading.Event(), []
+def test_an_interrupt_waits_for_no_trial():
+    begun, leave, ran = threading.Event(), threading.Event(), []
 
     def objective(configuration, previous, resource, folder):
         ran.append(number_of(folder))
         if number_of(folder) > 0:
             begun.set()
-            leave.wait(20)
-            ended.set()
+            assert leave.wait(60)
+            ran.append("the end")
         assert begun.wait(60)
         return 0.0
 
@@ -371,9 +335,9 @@ def test_an_interrupt_waits_for_no_trial(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         with pytest.raises(KeyboardInterrupt) as caught:
             search(objective, SPACE, [[Rung(9, 1)]], executor=pool, on_trial=on_trial)
-        assert not ended.is_set()
+        assert "the end" not in ran
         leave.set()
-    assert set(ran) <= {0, 1, 2}  # two workers: the others were cancelled
+    assert {*ran} <= {0, 1, 2, "the end"}  # two workers: the others were cancelled
     assert caught.traceback  # kept, so that no garbage collection did the cancelling
 
 
@@ -388,20 +352,15 @@ def edited(lines, number, **changes):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda lines: [*lines[:2], b"not json\n"], "line 3 is damaged; remove it and the lines"),
+        (lambda lines: [*lines[:2], b"not json \xff\n"], "line 3 is damaged; remove it and what"),
         (lambda lines: [b"[]\n"], "line 1 is damaged"),
-        (lambda lines: [b"\xff\n"], "line 1 is damaged"),
         (lambda lines: [*lines, b"another file's text"], "line 15 is damaged"),
         (lambda lines: edited(lines, 2, crc32="00"), "line 2 is damaged"),
-        (lambda lines: [re.sub(b', "error": null', b"", lines[0])], "line 1 is damaged"),
         (lambda lines: edited(lines, 3, loss=math.nan), "line 3 is damaged"),
         (lambda lines: edited(lines, 3, loss="0.5"), "line 3 is damaged"),
-        (lambda lines: edited(lines, 3, loss=None), "line 3 is damaged"),  # and no error
-        (lambda lines: edited(lines, 3, error="but it has a loss"), "line 3 is damaged"),
-        (lambda lines: edited(lines, 3, seconds=None), "line 3 is damaged"),
-        (lambda lines: edited(lines, 6, resource=3.0), "line 6 belongs to another search or was"),
+        (lambda lines: edited(lines, 3, seconds=math.inf), "line 3 is damaged"),
         # The worst of the first rung made the best: another trial should have gone on.
-        (lambda lines: edited(lines, 1, loss=-1.0), "line 6 belongs to another search or was"),
+        (lambda lines: edited(lines, 1, loss=-1.0), "line 6 has"),
         (lambda lines: [*lines, lines[-1]], "line 15 belongs to another search"),
     ],
 )
@@ -422,21 +381,20 @@ def test_a_bad_log_is_refused_and_left_alone(damage, words, finished, tmp_path):
         ({"seed": 5}, 1),
         ({"space": {name: SPACE[name] for name in ("k", "rate", "x")}}, 1),
         ({"schedule": [[Rung(5, 1), Rung(2, 4)]]}, 6),
-        ({"schedule": [[Rung(5, 1), Rung(1, 3)]]}, 7),
         ({"schedule": SCHEDULE[:1]}, 10),
     ],
 )
 def test_the_log_of_another_search_is_refused(changes, line, finished, tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"".join(finished[0]))
-    with pytest.raises(SearchError, match=f"line {line} belongs to another search"):
+    with pytest.raises(SearchError, match=f"line {line} .*belongs to another search"):
         replay(**{"log": log, "space": SPACE, "schedule": SCHEDULE, "seed": 4} | changes)
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def test_alone_in_an_empty_folder_it_prints_the_brackets(tmp_path):
+def test_alone_in_an_empty_folder_it_prints_table_1_of_the_paper(tmp_path):
     shutil.copy(hyperband.__file__, tmp_path)
     # -I -S: nothing but the standard library can be imported.
     command = [sys.executable, "-I", "-S", "hyperband.py", "81", "3"]
@@ -460,9 +418,8 @@ def test_without_arguments_the_posters_bracket_is_printed(capsys):
 def test_a_closed_pipe_leaves_no_traceback():
     reading, writing = os.pipe()
     os.close(reading)
-    run = subprocess.run(
-        [sys.executable, hyperband.__file__, "81"], stdout=writing, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, hyperband.__file__, "81"]
+    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert run.stderr == b""
 
@@ -472,12 +429,11 @@ def test_a_closed_pipe_leaves_no_traceback():
     [
         (["0"], "max_resource must be an integer from 1"),
         (["81", "1"], "eta must be an integer from 2"),
-        (["8.1"], "invalid int value: '8.1'"),
+        (["8.1"], "'8.1'; expected"),
+        (["81", "3", "1"], "3 were given; expected"),
     ],
 )
 def test_bad_arguments_cost_one_line(arguments, words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        hyperband.main(arguments)
+    assert hyperband.main(arguments) == 2
     out, err = capsys.readouterr()
-    assert (caught.value.code, out) == (2, "")
-    assert re.fullmatch(f"hyperband.py: error: .*{words}.*\n", err)
+    assert out == "" and re.fullmatch(f"hyperband.py: error: .*{words}.*\n", err)
