@@ -1,7 +1,7 @@
 """Hyperband and successive halving, exact in integers, on the standard library alone.
 
-``python hyperband.py 81 3`` prints the brackets for at most 81 epochs a trial and eta = 3;
-``python hyperband.py`` prints the poster's. In code::
+``python hyperband.py 81 3`` prints the brackets for R = 81 and eta = 3, by default 3; without
+arguments, the poster's. In code::
 
     best = search(objective, {"learning_rate": LogUniform(1e-4, 1e-1)}, brackets(27), seed=0).best
 
@@ -69,10 +69,9 @@ def bracket(s: int, max_resource: int, eta: int = 3) -> list[Rung]:
 
 
 def total_resource(rungs: Sequence[Rung], retrain: bool = False) -> int:
-    """Count the resource (epochs) that one bracket spends.
+    """Count the resource that one bracket spends: for the poster's 117 epochs, or 162.
 
-    A survivor continues from its last rung, or with `retrain` starts again from nothing:
-    the poster's flow costs 117 epochs or 162.
+    A survivor continues from its last rung, or with `retrain` starts again from nothing.
     """
     before = [0, *(0 if retrain else r for _, r in rungs[:-1])]
     return sum(n * (r - b) for (n, r), b in zip(rungs, before, strict=True))
@@ -170,7 +169,8 @@ def search(
     """Minimise `objective` over `space` by successive halving.
 
     A trial that raises, or whose loss is NaN or infinite, has failed: it is logged and never goes
-    on. An OSError (a full disk) ends the search instead, as no configuration is to blame for it.
+    on. An OSError (a full disk) ends the search instead, as no configuration is to blame for it;
+    the same call goes on from the log, as it does after a kill.
 
     Parameters
     ----------
@@ -205,9 +205,7 @@ def search(
     ------
     SearchError
         The log is damaged or another search's, every trial failed, or the executor did (a dead
-        worker); after the last, and after an OSError, the same call goes on from the log.
-    OSError
-        The log or a trial's state can't be written.
+        worker), after which, too, the same call goes on.
     """
     rng, entered, finished = random.Random(seed), 0, []
     logged = [] if log is None else _read_log(Path(log), mend=objective is not None)
@@ -216,6 +214,7 @@ def search(
         return Path(place, f"trial-{trial.trial:04d}" + f"-rung-{trial.rung}" * retrain)
 
     def run(plans: list[Trial], previous: int) -> Iterator[Trial]:
+        """Yield the trials of a rung: from the log as far as it goes, then new ones."""
         known = logged[len(finished) :][: len(plans)]
         for line, (trial, plan) in enumerate(zip(known, plans, strict=False), len(finished) + 1):
             if trial[:5] != plan[:5]:
@@ -294,9 +293,9 @@ def replay(
 ) -> SearchResult:
     """Go through the log of a finished search without its objective; write nothing.
 
-    Configurations, promotions and the best are worked out anew and compared with the log; losses,
-    seconds and errors are taken from it. Arguments, result and errors are those of `search`; it is
-    a SearchError, too, where the log ends before the search does.
+    Configurations and promotions are worked out anew and compared with the log; losses, seconds
+    and errors are taken from it. Arguments, result and errors are those of `search`; a log that
+    ends before the search does is a SearchError, too.
     """
     return search(None, space, schedule, seed, log=log, retrain=retrain)
 
@@ -312,13 +311,10 @@ def _read_log(log: Path, mend: bool) -> list[Trial]:
     trials = []
     for number, line in enumerate(lines, 1):
         try:
-            trial = Trial(**json.loads(line))
-            if not (math.isfinite(trial.seconds) and math.isfinite(trial.loss or 0)):
-                raise ValueError
-        except (ValueError, TypeError) as error:  # no JSON, other fields, a value of another type
+            trials.append(Trial(**json.loads(line)))
+        except (ValueError, TypeError) as error:  # no JSON, or other fields
             text = f"{log}: line {number} is damaged; remove it and what follows to run that again"
             raise SearchError(text) from error
-        trials.append(trial)
     if mend:
         os.truncate(log, log.stat().st_size - len(cut))
     return trials

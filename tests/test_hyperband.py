@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -23,8 +24,6 @@ from hyperband import Choice, IntUniform, LogUniform, Rung, SearchError, Uniform
 
 SPACE = {"x": Uniform(0, 1), "rate": LogUniform(1e-3, 1), "k": IntUniform(1, 8)}
 SCHEDULE = [[Rung(5, 1), Rung(2, 3), Rung(2, 9)], [Rung(4, 3), Rung(1, 9)]]  # 14 trials
-
-# ---- schedule and search space -------------------------------------------------------------------
 
 
 def algorithm_1(most, eta):
@@ -91,9 +90,6 @@ def test_bad_arguments(call, words):
         call()
 
 
-# ---- search --------------------------------------------------------------------------------------
-
-
 def number_of(folder):
     return int(re.fullmatch(r"trial-(\d{4})(-rung-\d)?", folder.name)[1])
 
@@ -122,21 +118,19 @@ def fails(number, resource):
 
 def halving(schedule, seed):
     """Successive halving, plainly: its trials without seconds and errors, and the best."""
-    rng, number, trials = random.Random(seed), 0, []
+    rng, numbers, trials = random.Random(seed), itertools.count(), []
     for b, rungs in enumerate(schedule):
-        alive = []
-        for _ in range(rungs[0][0]):
-            drawn = {name: sampler.sample(rng) for name, sampler in SPACE.items()}
-            alive.append((0.0, number, drawn))
-            number += 1
+        alive = [
+            (0.0, next(numbers), {name: sampler.sample(rng) for name, sampler in SPACE.items()})
+            for _ in range(rungs[0][0])
+        ]
         for i, (n, r) in enumerate(rungs):
             done = []
             for _, k, drawn in alive[:n]:
                 loss = functools.reduce(lambda v, e, c=drawn: step(v, c, e), range(r), 1.0)
-                trials.append((b, i, k, drawn, r, None if fails(k, r) else loss))
-                if not fails(k, r):
-                    done.append((loss, k, drawn))
-            alive = sorted(done, key=lambda entry: entry[:2])
+                done.append((b, i, k, drawn, r, None if fails(k, r) else loss))
+            trials += done
+            alive = sorted((t[5], t[2], t[3]) for t in done if t[5] is not None)
     good = [t for t in trials if t[5] is not None]
     return trials, min(good, key=lambda t: (-t[4], t[5], t[2]))
 
@@ -157,17 +151,12 @@ spawn = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_co
 
 
 @pytest.mark.parametrize("retrain", [False, True])
-@pytest.mark.parametrize("make", [None, lambda: ThreadPoolExecutor(4), lambda: spawn(2)])
+@pytest.mark.parametrize("make", [nullcontext, lambda: ThreadPoolExecutor(4), lambda: spawn(2)])
 def test_search_is_successive_halving_whatever_runs_it(make, retrain, tmp_path):
     log, place, seen = tmp_path / "new" / "log.jsonl", tmp_path / "state", []
-    keep = {"log": log, "folder": place, "retrain": retrain}
-    executor = make and make()
-    result = search(
-        walk, SPACE, SCHEDULE, 4, **keep, executor=executor,
-        on_trial=lambda *reported: seen.append(reported),
-    )  # fmt: skip
-    if executor:
-        executor.shutdown()
+    keep = {"log": log, "folder": place, "on_trial": lambda *reported: seen.append(reported)}
+    with make() as executor:
+        result = search(walk, SPACE, SCHEDULE, 4, **keep, retrain=retrain, executor=executor)
     assert short(result) == halving(SCHEDULE, 4)
     assert seen == [(trial, False) for trial in result.trials]
     assert {t.error for t in result.trials if t.loss is None} == {"the loss is nan"}
@@ -177,27 +166,27 @@ def test_search_is_successive_halving_whatever_runs_it(make, retrain, tmp_path):
     assert replay(log, SPACE, SCHEDULE, 4, retrain) == result
 
 
-def script(losses, calls=None):
+def script(losses):
     """An objective with losses by (trial, resource), or by trial; an exception is raised."""
 
     def objective(configuration, previous, resource, folder):
         number = number_of(folder)
-        if calls is not None:
-            calls.append((number, previous, resource))
+        objective.calls.append((number, previous, resource))
         loss = losses.get((number, resource), losses.get(number, 0.0))
         if isinstance(loss, BaseException):
             raise loss
         return loss
 
+    objective.calls = []
     return objective
 
 
 @pytest.mark.parametrize("retrain", [False, True])
 def test_a_tie_goes_to_the_earlier_trial_and_the_largest_resource_decides(retrain):
     losses = {0: 0.5, 1: 0.2, 2: 0.2, 3: 0.2, (1, 4): 0.9, (2, 4): 0.9, 4: 0.1, (4, 4): 0.9}
-    schedule, calls = [[Rung(4, 1), Rung(2, 4)], [Rung(1, 4)], [Rung(1, 3)]], []
-    best = search(script(losses, calls), SPACE, schedule, retrain=retrain).best
-    assert calls == [
+    objective, schedule = script(losses), [[Rung(4, 1), Rung(2, 4)], [Rung(1, 4)], [Rung(1, 3)]]
+    best = search(objective, SPACE, schedule, retrain=retrain).best
+    assert objective.calls == [
         *((number, 0, 1) for number in range(4)),
         *((1, 1 - retrain, 4), (2, 1 - retrain, 4)),
         *((4, 0, 4), (5, 0, 3)),
@@ -236,9 +225,6 @@ def test_an_objective_gets_a_copy_of_what_is_logged():
     assert [t.configuration for t in result.trials] == [{"v": [0]}] * 3
 
 
-# ---- going on ------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The lines of a finished search's log, and its result."""
@@ -264,8 +250,8 @@ def dying(at):
 def test_killed_anywhere_a_search_goes_on(retrain, finished, tmp_path):
     lines, result = finished
     for k, line in enumerate(lines):
-        log, place, seen = tmp_path / f"log-{k}", tmp_path / f"state-{k}", []
-        keep = {"log": log, "folder": place, "retrain": retrain}
+        log, seen = tmp_path / f"log-{k}", []
+        keep = {"log": log, "folder": tmp_path / f"state-{k}", "retrain": retrain}
         with pytest.raises(KeyboardInterrupt):
             search(dying(k), SPACE, SCHEDULE, 4, **keep)
         with log.open("ab") as file:
@@ -274,21 +260,18 @@ def test_killed_anywhere_a_search_goes_on(retrain, finished, tmp_path):
         with pytest.raises(SearchError, match="the log ends before the search does"):
             replay(log, SPACE, SCHEDULE, 4, retrain)
         assert log.read_bytes() == left and left.count(b"\n") == k
-        again = search(
-            walk, SPACE, SCHEDULE, 4, **keep,
-            on_trial=lambda trial, replayed, seen=seen: seen.append(replayed),
-        )  # fmt: skip
+        keep["on_trial"] = lambda trial, replayed, seen=seen: seen.append(replayed)
+        again = search(walk, SPACE, SCHEDULE, 4, **keep)
         assert short(again) == short(result)
         assert records(log) == [trial._asdict() for trial in again.trials]
         assert seen == [n < k for n in range(len(lines))]
-        assert len(names(place)) == 1
+        assert len(names(keep["folder"])) == 1
 
 
-@pytest.mark.parametrize("threads", [False, True])
-def test_a_full_disk_ends_the_search_and_fails_no_trial(threads, tmp_path):
+def test_a_full_disk_ends_the_search_and_fails_no_trial(tmp_path):
     log, losses = tmp_path / "log", {2: OSError(28, "No space left on device")}
-    with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="No space"):
-        search(script(losses), SPACE, [[Rung(4, 1)]], log=log, executor=pool if threads else None)
+    with pytest.raises(OSError, match="No space"):
+        search(script(losses), SPACE, [[Rung(4, 1)]], log=log)
     assert [record["trial"] for record in records(log)] == [0, 1]
 
 
@@ -302,30 +285,20 @@ def exits_once(configuration, previous, resource, folder):
 
 def test_a_dead_worker_ends_the_search_which_then_goes_on(finished, tmp_path):
     keep = {"log": tmp_path / "log", "folder": tmp_path / "state"}
-    with spawn(1) as pool:
-        for _ in range(2):  # once broken, it takes no more
-            with pytest.raises(SearchError, match=r"the executor failed: BrokenProcessPool.+go"):
-                search(exits_once, SPACE, SCHEDULE, 4, **keep, executor=pool)
+    with spawn(1) as pool, pytest.raises(SearchError, match=r"BrokenProcessPool.+ goes on"):
+        search(exits_once, SPACE, SCHEDULE, 4, **keep, executor=pool)
     assert len(records(keep["log"])) == 2
-    again = search(exits_once, SPACE, SCHEDULE, 4, **keep)
-    assert short(again) == short(finished[1])
-
-
-def test_an_objective_that_does_not_pickle_fails_no_trial(tmp_path):
-    with spawn(1) as pool, pytest.raises(SearchError, match=r"the executor failed: .*pickle"):
-        search(lambda *_: 0.0, SPACE, SCHEDULE, log=tmp_path / "log", executor=pool)
-    assert records(tmp_path / "log") == []
+    assert short(search(exits_once, SPACE, SCHEDULE, 4, **keep)) == short(finished[1])
 
 
 def test_an_interrupt_waits_for_no_trial():
-    begun, leave, ran = threading.Event(), threading.Event(), []
+    begun, leave, ended = threading.Event(), threading.Event(), []
 
     def objective(configuration, previous, resource, folder):
-        ran.append(number_of(folder))
         if number_of(folder) > 0:
             begun.set()
             assert leave.wait(60)
-            ran.append("the end")
+        ended.append(number_of(folder))
         assert begun.wait(60)
         return 0.0
 
@@ -335,13 +308,10 @@ def test_an_interrupt_waits_for_no_trial():
     with ThreadPoolExecutor(2) as pool:
         with pytest.raises(KeyboardInterrupt) as caught:
             search(objective, SPACE, [[Rung(9, 1)]], executor=pool, on_trial=on_trial)
-        assert "the end" not in ran
+        assert ended == [0]
         leave.set()
-    assert {*ran} <= {0, 1, 2, "the end"}  # two workers: the others were cancelled
+    assert {*ended} <= {0, 1, 2}  # two workers: the others were cancelled
     assert caught.traceback  # kept, so that no garbage collection did the cancelling
-
-
-# ---- log -----------------------------------------------------------------------------------------
 
 
 def edited(lines, number, **changes):
@@ -356,11 +326,9 @@ def edited(lines, number, **changes):
         (lambda lines: [b"[]\n"], "line 1 is damaged"),
         (lambda lines: [*lines, b"another file's text"], "line 15 is damaged"),
         (lambda lines: edited(lines, 2, crc32="00"), "line 2 is damaged"),
-        (lambda lines: edited(lines, 3, loss=math.nan), "line 3 is damaged"),
-        (lambda lines: edited(lines, 3, loss="0.5"), "line 3 is damaged"),
-        (lambda lines: edited(lines, 3, seconds=math.inf), "line 3 is damaged"),
+        (lambda lines: edited(lines, 2, configuration={"x": 0.5}), "line 2 has"),
         # The worst of the first rung made the best: another trial should have gone on.
-        (lambda lines: edited(lines, 1, loss=-1.0), "line 6 has"),
+        (lambda lines: edited(lines, 1, loss=-1.0), "line 6 has .* belongs to another search"),
         (lambda lines: [*lines, lines[-1]], "line 15 belongs to another search"),
     ],
 )
@@ -373,25 +341,6 @@ def test_a_bad_log_is_refused_and_left_alone(damage, words, finished, tmp_path):
             go(space=SPACE, schedule=SCHEDULE, seed=4)
         assert log.read_bytes() == before
     assert names(tmp_path) == ["log"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"seed": 5}, 1),
-        ({"space": {name: SPACE[name] for name in ("k", "rate", "x")}}, 1),
-        ({"schedule": [[Rung(5, 1), Rung(2, 4)]]}, 6),
-        ({"schedule": SCHEDULE[:1]}, 10),
-    ],
-)
-def test_the_log_of_another_search_is_refused(changes, line, finished, tmp_path):
-    log = tmp_path / "log"
-    log.write_bytes(b"".join(finished[0]))
-    with pytest.raises(SearchError, match=f"line {line} .*belongs to another search"):
-        replay(**{"log": log, "space": SPACE, "schedule": SCHEDULE, "seed": 4} | changes)
-
-
-# ---- command line --------------------------------------------------------------------------------
 
 
 def test_alone_in_an_empty_folder_it_prints_table_1_of_the_paper(tmp_path):
@@ -411,8 +360,9 @@ def test_alone_in_an_empty_folder_it_prints_table_1_of_the_paper(tmp_path):
 
 
 def test_without_arguments_the_posters_bracket_is_printed(capsys):
-    assert hyperband.main([]) == 0
-    assert " 3      117         162  27@1 -> 9@3 -> 3@9 -> 3@27\n" in capsys.readouterr().out
+    assert hyperband.main([]) == hyperband.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert " 3      117         162  27@1 -> 9@3 -> 3@9 -> 3@27\n" in out and hyperband.__doc__ in out
 
 
 def test_a_closed_pipe_leaves_no_traceback():
