@@ -77,8 +77,7 @@ def total_resource(rungs: Sequence[Rung], retrain: bool = False) -> int:
     return sum(n * (r - b) for (n, r), b in zip(rungs, before, strict=True))
 
 
-# ---- search space --------------------------------------------------------------------------------
-# Samplers use `Random.random` alone, the one method whose sequence Python promises to keep, and
+# The samplers use `Random.random` alone, the one method whose sequence Python promises to keep, and
 # no function of the C library, whose last digits differ: a seed gives the same configurations on
 # every machine and Python version. The repr of a sampler says all of it.
 
@@ -215,7 +214,7 @@ def search(
 
     def run(plans: list[Trial], previous: int) -> Iterator[Trial]:
         """Yield the trials of a rung: from the log as far as it goes, then new ones."""
-        known = logged[len(finished) :][: len(plans)]
+        known = logged[len(finished) :]
         for line, (trial, plan) in enumerate(zip(known, plans, strict=False), len(finished) + 1):
             if trial[:5] != plan[:5]:
                 text = f"{log}: line {line} has {trial[:5]}, this search {plan[:5]}"
