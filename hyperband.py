@@ -257,14 +257,13 @@ def search(
                     on_trial(trial, len(finished) <= len(logged))
                     if trial.loss is not None:
                         entrants.append((trial.loss, trial.trial, trial.configuration))
+            best = min(finished, key=lambda t: (t.loss is None, -t.resource, t.loss, t.trial))
+            for path in {*map(folder_of, finished)} - {folder_of(best)}:
+                shutil.rmtree(path, ignore_errors=True)
         if len(logged) > len(finished):
             raise SearchError(f"{log}: line {len(finished) + 1} belongs to another search")
-        good = [t for t in finished if t.loss is not None]
-        if not good:
+        if best.loss is None:
             raise SearchError(f"all {len(finished)} trials failed; the first: {finished[0].error}")
-        best = min(good, key=lambda t: (-t.resource, t.loss, t.trial))
-        for path in {*map(folder_of, finished)} - {folder_of(best)}:
-            shutil.rmtree(path, ignore_errors=True)
     return SearchResult(best, finished)
 
 
