@@ -29,21 +29,15 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+import sklearn.metrics
 from numpy.typing import ArrayLike
 from sklearn.exceptions import UndefinedMetricWarning
-from sklearn.metrics import (
-    accuracy_score,
-    auc,
-    confusion_matrix,
-    precision_recall_fscore_support,
-    roc_curve,
-)
 
 # The figures of `summary`, in its order, and what readers call them.
 METRIC_NAMES = {
@@ -83,19 +77,18 @@ class RocCurve(NamedTuple):
     auc: float
 
 
-def _classes(name: str, values: ArrayLike, num_classes: int) -> np.ndarray:
+def _classes(values: ArrayLike, num_classes: int) -> np.ndarray:
     """Return class indices as an array; scikit-learn would leave out those that are too high."""
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or not np.isin(array, range(num_classes)).all():
-        raise MetricsError(f"{name}: give class indices, integers from 0 to {num_classes - 1}")
+        raise MetricsError(f"labels and predicted classes are integers from 0 to {num_classes - 1}")
     return array
 
 
 def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.ndarray:
     """Return the confusion matrix, (K, K) int64: rows are true classes, columns predicted ones."""
-    labels = _classes("labels", labels, num_classes)
-    predicted = _classes("predicted classes", predicted, num_classes)
-    return confusion_matrix(labels, predicted, labels=range(num_classes))
+    labels, predicted = _classes(labels, num_classes), _classes(predicted, num_classes)
+    return sklearn.metrics.confusion_matrix(labels, predicted, labels=range(num_classes))
 
 
 def summary(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> dict[str, float]:
@@ -112,10 +105,10 @@ def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
     """Return what `summary` returns, from a (K, K) confusion matrix of counts."""
     true, predicted = np.nonzero(matrix)
     weight = np.asarray(matrix)[true, predicted]  # a cell stands for its images by its weight
-    precision, recall, f1, _ = precision_recall_fscore_support(
+    precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
         true, predicted, average="macro", sample_weight=weight, zero_division=0
     )
-    accuracy = accuracy_score(true, predicted, sample_weight=weight)
+    accuracy = sklearn.metrics.accuracy_score(true, predicted, sample_weight=weight)
     return dict(zip(METRIC_NAMES, map(float, (accuracy, f1, recall, precision)), strict=True))
 
 
@@ -123,17 +116,10 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
     """Return precision, recall, F1 and support of each of the K classes.
 
     Precision is NaN for a class that is never predicted, recall for one without test images, F1
-    where both are; there is an UndefinedMetricWarning of each.
+    where both are.
     """
-    matrix = confusion(labels, predicted, num_classes)
-    for total, problem in (
-        (matrix.sum(axis=0), "never predicted, precision is undefined"),
-        (matrix.sum(axis=1), "not in the test set, recall is undefined"),
-    ):
-        if not total.all():
-            classes = ", ".join(map(str, np.flatnonzero(total == 0)))
-            warnings.warn(f"class {classes}: {problem}", UndefinedMetricWarning, stacklevel=2)
-    columns = precision_recall_fscore_support(
+    labels, predicted = _classes(labels, num_classes), _classes(predicted, num_classes)
+    columns = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=range(num_classes), zero_division=np.nan
     )
     rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -153,38 +139,28 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     Scores are raw logits, as the poster's authors did, or their `softmax`. The two give different
     curves, because softmax compares a logit with the others. Points that no line needs are left out
     (``drop_intermediate``). Where a class has no test image, `tpr` and `auc` are NaN, where it has
-    all of them, `fpr` and `auc`, and scikit-learn warns.
+    all of them, `fpr` and `auc`.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    labels = _classes("labels", labels, scores.shape[1])
+    labels = _classes(labels, scores.shape[1])
     curves = []
-    for k, column in enumerate(scores.T):
-        fpr, tpr, thresholds = roc_curve(labels == k, column)
-        curves.append(RocCurve(fpr, tpr, thresholds, float(auc(fpr, tpr))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)  # the NaN says it
+        for k, column in enumerate(scores.T):
+            fpr, tpr, thresholds = sklearn.metrics.roc_curve(labels == k, column)
+            area = float(sklearn.metrics.auc(fpr, tpr))
+            curves.append(RocCurve(fpr, tpr, thresholds, area))
     return curves
-
-
-# ---- intervals -----------------------------------------------------------------------------------
 
 
 def bootstrap_intervals(matrix: ArrayLike, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Return (low, high) of each figure of `summary`: percentile bootstrap over test images.
 
-    The figures depend on the confusion matrix alone, and drawing N of N images with replacement
-    makes its cells multinomial; so each of 10,000 replicates is one multinomial draw, in 80,000 K^2
-    bytes. The intervals tell how far another test set would move the figures, not another training
-    run.
-
-    Parameters
-    ----------
-    matrix : (K, K) integers
-        The confusion matrix.
-    seed : int
-        Of ``numpy.random.RandomState``, whose stream NumPy promises to keep.
-
-    References
-    ----------
-    Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    The figures depend on the (K, K) confusion matrix alone, and drawing N of N images with
+    replacement makes its cells multinomial; so each of 10,000 replicates is one multinomial draw,
+    in 80,000 K^2 bytes, by ``numpy.random.RandomState(seed)``, whose stream NumPy promises to keep.
+    The intervals tell how far another test set would move the figures, not another training run.
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     matrix = np.asarray(matrix)
     total = matrix.sum()
@@ -204,33 +180,21 @@ def bootstrap_intervals(matrix: ArrayLike, seed: int = 0) -> dict[str, tuple[flo
 def delong_interval(positive: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     """Return low and high end of an AUC's interval by DeLong's variance, in O(n log n).
 
-    The interval is normal, cut to 0..1, and NaN if fewer than two images are positive or negative.
-
-    Parameters
-    ----------
-    positive : (N,) bool
-        Whether the image is of the class.
-    scores : (N,) numbers
-        The score of the class; only their order matters.
-
-    References
-    ----------
-    DeLong, DeLong & Clarke-Pearson, Biometrics 44(3):837-845, 1988; Sun & Xu, IEEE Signal
-    Processing Letters 21(11):1389-1393, 2014, for the O(n log n) by midranks.
+    `positive`, (N,) bool, tells whether an image is of the class; of its scores, (N,) numbers, only
+    the order matters. The interval is normal, cut to 0..1, and NaN if fewer than two images are
+    positive or negative. Sources: DeLong, DeLong & Clarke-Pearson, Biometrics 44(3):837-845, 1988;
+    Sun & Xu, IEEE Signal Processing Letters 21(11):1389-1393, 2014, for the O(n log n).
     """
     positive, scores = np.asarray(positive, dtype=bool), np.asarray(scores)
     cases, controls = np.sort(scores[positive]), np.sort(scores[~positive])
     if min(len(cases), len(controls)) < 2:
         return math.nan, math.nan
-
-    def share_below(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-        # A tie counts half: the difference of a value's midranks among all and among its own.
-        below = np.searchsorted(ordered, values) + np.searchsorted(ordered, values, side="right")
-        return below / (2 * len(ordered))
-
-    over_controls, over_cases = share_below(cases, controls), share_below(controls, cases)
-    area = float(over_controls.mean())
-    variance = over_controls.var(ddof=1) / len(cases) + over_cases.var(ddof=1) / len(controls)
+    shares = []  # of the others, those below each case or control; a tie counts half
+    for values, others in ((cases, controls), (controls, cases)):
+        below = np.searchsorted(others, values) + np.searchsorted(others, values, side="right")
+        shares.append(below / (2 * len(others)))
+    area = float(shares[0].mean())
+    variance = sum(share.var(ddof=1) / len(share) for share in shares)
     reach = NormalDist().inv_cdf(0.975) * math.sqrt(variance)
     return max(0.0, area - reach), min(1.0, area + reach)
 
@@ -247,17 +211,14 @@ def write(path: str | Path, content: str | bytes) -> None:
     fails it is removed again. Text becomes UTF-8 with "\n" kept and lone surrogates escaped.
     """
     if isinstance(content, str):
-        # A class named after a folder may hold bytes that are no text; they must not cost the file.
         content = content.encode("utf-8", "backslashreplace")
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # a killed process's is written over
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -278,9 +239,19 @@ def read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
         raise MetricsError(f"{path}: not a CSV file in UTF-8 ({error}); write it again") from None
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
-            problem = f"row {number} has {len(row)} cells, the header {len(header)}"
-            raise MetricsError(f"{path}: {problem}; write it again")
+            raise MetricsError(f"{path}: row {number} has {len(row)} cells, not {len(header)}")
     return header, rows
+
+
+def read_column(path: str | Path, name: str, kind: Callable[[str], Any] = float) -> list[Any]:
+    """Return a column of a CSV file with rows, each cell as `kind` makes it of the text."""
+    header, rows = read_csv(path)
+    if name not in header or not rows:
+        raise MetricsError(f"{path}: no column {name}, or no row; write it again")
+    try:
+        return [kind(row[header.index(name)]) for row in rows]
+    except ValueError as error:
+        raise MetricsError(f"{path}: column {name}: {error}; write it again") from None
 
 
 class Predictions(NamedTuple):
@@ -295,28 +266,12 @@ class Predictions(NamedTuple):
     logits: np.ndarray
 
 
-def _predictions_header(num_classes: int) -> list[str]:
-    return ["id", "label", "predicted", *(f"logit_{k}" for k in range(num_classes))]
-
-
-def _check_predictions(predictions: Predictions, where: str = "") -> None:
-    """Raise MetricsError naming the row unless all is in range and agrees."""
-    _, labels, predicted, logits = predictions
-    num_classes = logits.shape[1]
-    for wrong, problem in (
-        (~np.isfinite(logits).all(axis=1), "a logit is not finite (did training diverge?)"),
-        ((labels < 0) | (labels >= num_classes), f"the label is not 0 to {num_classes - 1}"),
-        (predicted != logits.argmax(axis=1), "predicted is not the (first) highest logit's class"),
-    ):
-        if wrong.any():
-            raise MetricsError(f"{where}row {wrong.argmax() + 2}: {problem}")
-
-
 def predictions_text(predictions: Predictions) -> str:
     """Return the text of predictions.csv, from which `read_predictions` makes the same bits."""
-    _check_predictions(predictions)
     *integers, logits = predictions
-    header = _predictions_header(logits.shape[1])
+    if not np.isfinite(logits).all():
+        raise MetricsError("a logit is not finite: did training diverge?")
+    header = ["id", "label", "predicted", *(f"logit_{k}" for k in range(logits.shape[1]))]
     line = ",".join(["%d"] * 3 + ["%.9g"] * logits.shape[1])  # 9 digits tell all float32 apart
     rows = zip(*(column.tolist() for column in (*integers, *logits.T)), strict=True)
     return "\n".join([",".join(header), *(line % row for row in rows), ""])
@@ -325,55 +280,57 @@ def predictions_text(predictions: Predictions) -> str:
 def read_predictions(path: str | Path) -> Predictions:
     """Read predictions.csv, `id,label,predicted,logit_0,...`, and check that all of it agrees."""
     header, rows = read_csv(path)
-    num_classes = len(header) - 3
-    if num_classes < 2 or header != _predictions_header(num_classes) or not rows:
+    if header[:5] != ["id", "label", "predicted", "logit_0", "logit_1"] or not rows:
         raise MetricsError(f"{path}: give rows of id,label,predicted,logit_0,logit_1,...")
+    num_classes = len(header) - 3
     dtype = [("integers", np.int64, 3), ("logits", np.float32, num_classes)]
     try:
         table = np.loadtxt(path, dtype, delimiter=",", skiprows=1, comments=None, ndmin=1)
     except ValueError as error:  # names row and column
         raise MetricsError(f"{path}: {error} (row 0 is below the header)") from None
-    predictions = Predictions(*table["integers"].T.copy(), table["logits"].copy())
-    _check_predictions(predictions, f"{path}: ")
-    return predictions
+    ids, labels, predicted = table["integers"].T.copy()
+    logits = table["logits"].copy()
+    for wrong, problem in (
+        (~np.isfinite(logits).all(axis=1), "a logit is not finite"),
+        (~np.isin(labels, range(num_classes)), f"the label is not 0 to {num_classes - 1}"),
+        (predicted != logits.argmax(axis=1), "predicted is not the (first) highest logit's class"),
+    ):
+        if wrong.any():
+            raise MetricsError(f"{path}: row {wrong.argmax() + 2}: {problem}")
+    return Predictions(ids, labels, predicted, logits)
 
 
-def tables(
-    predictions: Predictions, class_names: Sequence[str]
-) -> dict[str, tuple[list[str], list[list[Any]]]]:
+def tables(predictions: Predictions, class_names: Sequence[str]) -> dict[str, tuple[list, list]]:
     """Return header and rows, by file name, of all CSV files that follow from predictions.
 
     They are confusion.csv, per_class.csv, roc/auc.csv (AUC by raw logits with its interval, AUC by
-    softmax) and a roc/class_K.csv for each class. Cells are Python's str, int and float.
+    softmax), a roc/class_K.csv for each class and table.csv (the figures of `summary` with their
+    intervals). Cells are Python's str, int and float.
     """
     _, labels, predicted, logits = predictions
     num_classes = logits.shape[1]
     if len(class_names) != num_classes:
         raise MetricsError(f"{len(class_names)} class names, {num_classes} logits; give one each")
     matrix = confusion(labels, predicted, num_classes)
+    figures, intervals = summary_from_confusion(matrix), bootstrap_intervals(matrix)
     classes = per_class(labels, predicted, num_classes)
-    with warnings.catch_warnings():
-        # A curve is undefined where a class has no image, of which `per_class` has warned.
-        warnings.simplefilter("ignore", UndefinedMetricWarning)
-        curves = roc_curves(labels, logits)
-        curves_of_softmax = roc_curves(labels, softmax(logits))
-
+    curves, softmax_curves = roc_curves(labels, logits), roc_curves(labels, softmax(logits))
+    class_rows, auc_rows, points = [], [], {}
+    for k, (curve, of_class) in enumerate(zip(curves, classes, strict=True)):
+        name, interval = [k, str(class_names[k])], delong_interval(labels == k, logits[:, k])
+        class_rows.append([*name, *of_class])
+        auc_rows.append([*name, curve.auc, *interval, softmax_curves[k].auc, of_class.support])
+        points[f"roc/class_{k}.csv"] = np.column_stack(curve[:3]).tolist()
     columns = ["label", *(f"predicted_{k}" for k in range(num_classes))]
-    rows = [[k, *counts] for k, counts in enumerate(matrix.tolist())]
-    result = {"confusion.csv": (columns, rows)}
-    names = [[k, str(name)] for k, name in enumerate(class_names)]
-    rows = [[*name, *figures] for name, figures in zip(names, classes, strict=True)]
-    result["per_class.csv"] = ["class", "name", *ClassMetrics._fields], rows
-    columns = ["class", "name", "auc", "auc_low", "auc_high", "auc_softmax", "support"]
-    rows = []
-    for k, curve in enumerate(curves):
-        interval = delong_interval(labels == k, logits[:, k])
-        rows.append([*names[k], curve.auc, *interval, curves_of_softmax[k].auc, classes[k].support])
-    result["roc/auc.csv"] = columns, rows
-    for k, curve in enumerate(curves):
-        points = np.column_stack(curve[:3]).tolist()
-        result[f"roc/class_{k}.csv"] = ["fpr", "tpr", "threshold"], points
-    return result
+    auc_columns = ["class", "name", "auc", "auc_low", "auc_high", "auc_softmax", "support"]
+    rows = [[METRIC_NAMES[key], value, *intervals[key]] for key, value in figures.items()]
+    return {
+        "confusion.csv": (columns, [[k, *counts] for k, counts in enumerate(matrix.tolist())]),
+        "per_class.csv": (["class", "name", *ClassMetrics._fields], class_rows),
+        "roc/auc.csv": (auc_columns, auc_rows),
+        **{name: (["fpr", "tpr", "threshold"], rows) for name, rows in points.items()},
+        "table.csv": (["metric", "value", "low_95", "high_95"], rows),
+    }
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -383,12 +340,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     """
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for first, *others in (cells[0], rule, *cells[1:]):
-        padded = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append(f"| {' | '.join(padded)} |\n")
-    return "".join(lines)
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines = [[a.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for a, *rest in cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -406,56 +360,30 @@ _STYLE = {
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 120,
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and tested
     "svg.hashsalt": "metrics",  # the same ids in each drawing
 }
 
 
 @contextlib.contextmanager
-def _figure(stem: str | Path, width: float, height: float) -> Iterator[Any]:
-    """Yield a matplotlib Figure (inches) that is written when the block ends without an error."""
-    import matplotlib
+def _figure(stem: str | Path, width: float, height: float, **grid: Any) -> Iterator[np.ndarray]:
+    """Yield the axes of a figure (inches), (panels,), then add the legend and write the files."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # no matplotlibrc of the user's changes the picture
-        matplotlib.rcParams.update(_STYLE)
+    with style.context(_STYLE, after_reset=True):  # no matplotlibrc of the user's has a say
         figure = Figure(figsize=(width, height), layout="compressed")
-        yield figure
+        panels = figure.subplots(squeeze=False, **grid).ravel()
+        yield panels
+        handles, labels = panels[0].get_legend_handles_labels()
+        entries = dict(zip(labels, handles, strict=True))
+        if len(entries) > 1:
+            place = {"loc": "outside upper center", "ncols": len(entries), "frameon": False}
+            figure.legend(entries.values(), entries.keys(), **place)
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             picture = io.BytesIO()
-            figure.savefig(picture, format=kind, metadata=metadata)
+            figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
             write(f"{stem}.{kind}", picture.getvalue())
-
-
-def _legend_above(figure: Any, axes: Any) -> None:
-    """Set the legend of `axes` in one line above all panels, with an entry a label."""
-    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries))
-
-
-def _columns(path: Path, *needed: str) -> dict[str, np.ndarray]:
-    """Return the columns of a CSV file: float64, but for those that are text."""
-    header, rows = read_csv(path)
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    missing = ", ".join(name for name in needed if not columns.get(name))
-    if missing:
-        raise MetricsError(f"{path}: no column {missing}, or no row; write it again")
-    try:
-        return {
-            name: np.array(cells, dtype=str if name in ("name", "system", "note") else np.float64)
-            for name, cells in columns.items()
-        }
-    except ValueError as error:
-        raise MetricsError(f"{path}: {error}; write it again") from None
-
-
-def _read_confusion(folder: str | Path) -> np.ndarray:
-    """Return the confusion matrix (K, K) of a folder."""
-    columns = _columns(Path(folder, "confusion.csv"), "label", "predicted_0")
-    return np.column_stack(list(columns.values())[1:])
 
 
 def _titles(names: Iterable[str], width: int) -> list[str]:
@@ -465,30 +393,40 @@ def _titles(names: Iterable[str], width: int) -> list[str]:
     return [textwrap.fill(title, width).replace("$", r"\$") for title in titles]
 
 
+def _read_confusion(folder: str | Path) -> np.ndarray:
+    """Return the confusion matrix (K, K) of a folder."""
+    path = Path(folder, "confusion.csv")
+    return np.column_stack([read_column(path, name, int) for name in read_csv(path)[0][1:]])
+
+
 def _read_classes(folder: str | Path, width: int) -> tuple[list[str], np.ndarray]:
     """Return each class's title in lines of `width`, and its share of the test images."""
-    names = _columns(Path(folder, "per_class.csv"), "name")["name"]
+    names = read_column(Path(folder, "per_class.csv"), "name", str)
     support = _read_confusion(folder).sum(axis=1)
     return _titles(names, width), support / support.sum()
 
 
-def _read_roc(folder: str | Path) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, Any]]:
-    """Return (fpr, tpr) of each class and the columns of auc.csv."""
-    folder = Path(folder)
-    if (folder / "roc.csv").exists():  # the poster's
-        points, areas = _columns(folder / "roc.csv", "fpr"), _columns(folder / "auc.csv", "auc")
-        return [(points["fpr"], points[f"tpr_{k}"]) for k in range(len(areas["auc"]))], areas
-    areas = _columns(folder / "roc" / "auc.csv", "auc", "auc_low", "auc_high")
-    files = [folder / "roc" / f"class_{k}.csv" for k in range(len(areas["auc"]))]
-    curves = [_columns(file, "fpr", "tpr") for file in files]
-    return [(points["fpr"], points["tpr"]) for points in curves], areas
+def _read_roc(folder: str | Path) -> list[tuple[list[float], list[float], str]]:
+    """Return fpr, tpr and the AUC in words of each class."""
+    path = Path(folder, "roc.csv")
+    if path.exists():  # the poster's, which has no intervals
+        areas = enumerate(read_column(Path(folder, "auc.csv"), "auc"))
+        fpr = read_column(path, "fpr")
+        return [(fpr, read_column(path, f"tpr_{k}"), f"AUC {area:.3f}") for k, area in areas]
+    path = Path(folder, "roc", "auc.csv")
+    areas = zip(*(read_column(path, name) for name in ("auc", "auc_low", "auc_high")), strict=True)
+    curves = []
+    for k, (area, low, high) in enumerate(areas):
+        path = Path(folder, "roc", f"class_{k}.csv")
+        text = f"AUC {area:.3f}\n({low:.3f} to {high:.3f})"
+        curves.append((read_column(path, "fpr"), read_column(path, "tpr"), text))
+    return curves
 
 
 def draw_class_ratios(folder: str | Path, stem: str | Path) -> None:
     """Draw each class's share of the test images as a bar."""
     titles, ratios = _read_classes(folder, 45)
-    with _figure(stem, 5.2, 0.8 + 0.28 * len(ratios)) as figure:
-        axes = figure.subplots()
+    with _figure(stem, 5.2, 0.8 + 0.28 * len(ratios)) as (axes,):
         axes.bar_label(axes.barh(titles, ratios, color=_BLUE), fmt="{:.2f}", padding=3)
         axes.invert_yaxis()  # class 0 on top, as in the tables
         axes.margins(x=0.12)
@@ -497,74 +435,62 @@ def draw_class_ratios(folder: str | Path, stem: str | Path) -> None:
 
 def draw_confusion(folder: str | Path, stem: str | Path) -> None:
     """Draw the confusion matrix: counts, shaded by their share of the true class."""
-    # scikit-learn's ConfusionMatrixDisplay goes through pyplot and can't shade by one matrix what
-    # it labels by another.
     matrix = _read_confusion(folder)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = max(3.0, 0.5 + 0.45 * len(matrix))
-    with _figure(stem, side, side) as figure:
-        axes = figure.subplots()
+    with _figure(stem, side, side) as (axes,):
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix):
             color = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, f"{count:.0f}", ha="center", va="center", size=8, color=color)
+            axes.text(column, row, count, ha="center", va="center", size=8, color=color)
         axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
         axes.set(xlabel="predicted class (shade: share of the true class)", ylabel="true class")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
 
 
 def draw_roc(folder: str | Path, stem: str | Path, reference: str | Path | None = None) -> None:
     """Draw a panel a class: the ROC curve, its AUC with interval, the class ratio."""
     titles, ratios = _read_classes(folder, 23)
-    curves, areas = _read_roc(folder)
-    poster_curves, poster_areas = _read_roc(reference) if reference else ([], {})
+    curves = _read_roc(folder)
+    poster = _read_roc(reference) if reference else []
     columns = min(len(curves), 4)
-    rows = -(-len(curves) // columns)
-    with _figure(stem, 0.4 + 1.75 * columns, 0.6 + 1.95 * rows) as figure:
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes in grid[len(curves) :]:
+    rows = math.ceil(len(curves) / columns)
+    size = 0.4 + 1.75 * columns, 0.6 + 1.95 * rows
+    with _figure(stem, *size, nrows=rows, ncols=columns, sharex=True, sharey=True) as panels:
+        for axes in panels[len(curves) :]:
             axes.remove()
-        for k, (curve, axes) in enumerate(zip(curves, grid, strict=False)):
+        for k, (fpr, tpr, text) in enumerate(curves):
+            axes = panels[k]
             axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=0.8)
-            axes.plot(*curve, color=_BLUE, label="this run")
-            lines = [f"AUC {areas['auc'][k]:.3f}"]
-            if "auc_low" in areas:
-                lines.append(f"({areas['auc_low'][k]:.3f} to {areas['auc_high'][k]:.3f})")
-            if reference:
-                axes.plot(*poster_curves[k], **_POSTER)
-                lines.append(f"poster {poster_areas['auc'][k]:.3f}")
-            lines.append(f"class ratio {ratios[k]:.2f}")
-            axes.text(1, 0.01, "\n".join(lines), ha="right", va="bottom", size=7.5)
+            axes.plot(fpr, tpr, color=_BLUE, label="this run")
+            if poster:
+                fpr, tpr, theirs = poster[k]
+                axes.plot(fpr, tpr, **_POSTER)
+                text += f"\nposter {theirs}"
+            text += f"\nclass ratio {ratios[k]:.2f}"
+            axes.text(1, 0.01, text, ha="right", va="bottom", size=7.5)
             axes.set(title=titles[k], aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
             axes.tick_params(labelbottom=k + columns >= len(curves))
-        figure.supxlabel("false positive rate", size=9)
-        figure.supylabel("true positive rate", size=9)
-        if reference:
-            _legend_above(figure, grid[0])
+        axes.figure.supxlabel("false positive rate", size=9)
+        axes.figure.supylabel("true positive rate", size=9)
 
 
 def draw_history(folder: str | Path, stem: str | Path, reference: str | Path | None = None) -> None:
     """Draw accuracy and loss over the epochs, and where the learning rate drops."""
-    parts = {"train": ("training", _BLUE), "valid": ("validation", _ORANGE)}
-    needed = [f"{part}_{quantity}" for part in parts for quantity in ("accuracy", "loss")]
-    history = _columns(Path(folder, "history.csv"), "epoch", *needed)
-    poster = _columns(Path(reference, "history.csv"), "epoch", *needed) if reference else None
-    rates = history.get("learning_rate", np.zeros_like(history["epoch"]))  # the poster's: unknown
-    drops = history["epoch"][1:][np.diff(rates) < 0]
-    with _figure(stem, 7.2, 2.7) as figure:
-        panels = figure.subplots(1, 2)
+    path = Path(folder, "history.csv")
+    header, _ = read_csv(path)  # the poster's has no learning rates
+    rates = read_column(path, "learning_rate") if "learning_rate" in header else []
+    parts = (("train", "training", _BLUE), ("valid", "validation", _ORANGE))
+    with _figure(stem, 7.2, 2.7, ncols=2) as panels:
         for axes, quantity in zip(panels, ("accuracy", "loss"), strict=True):
-            for part, (label, color) in parts.items():
-                values = history[f"{part}_{quantity}"]
-                axes.plot(history["epoch"], values, ".-", ms=4, mew=0, color=color, label=label)
-            for part in parts if poster else ():
-                axes.plot(poster["epoch"], poster[f"{part}_{quantity}"], **_POSTER)
-            for drop in drops:
-                axes.axvline(drop, color=_GREY, lw=0.6, zorder=0, label="learning rate drops")
+            for part, label, color in parts:
+                name = f"{part}_{quantity}"
+                if reference:
+                    axes.plot(read_column(Path(reference, "history.csv"), name), **_POSTER)
+                axes.plot(read_column(path, name), ".-", ms=4, mew=0, color=color, label=label)
+            for epoch in np.flatnonzero(np.diff(rates) < 0) + 1:
+                axes.axvline(epoch, color=_GREY, lw=0.6, zorder=0, label="learning rate drops")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set(xlabel="epoch", ylabel=quantity)
-        _legend_above(figure, panels[0])
 
 
 def draw_search(folder: str | Path, stem: str | Path) -> None:
@@ -572,15 +498,11 @@ def draw_search(folder: str | Path, stem: str | Path) -> None:
 
     The trial with the lowest loss after the most epochs is highlighted.
     """
-    path = Path(folder, "tuning.jsonl")
-    trials: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    failed = 0
+    path, trials = Path(folder, "tuning.jsonl"), {}
     try:
-        for line in path.read_text("utf-8").split("\n")[:-1]:  # a kill may have cut the last line
-            record = json.loads(line)
-            if record["loss"] is None:
-                failed += 1
-            else:
+        lines = path.read_text("utf-8").split("\n")[:-1]  # a kill may have cut the last
+        for record in map(json.loads, lines):
+            if record["loss"] is not None:
                 point = float(record["resource"]), float(record["loss"])
                 trials.setdefault((record["bracket"], record["trial"]), []).append(point)
     except (ValueError, TypeError, KeyError) as error:
@@ -591,8 +513,7 @@ def draw_search(folder: str | Path, stem: str | Path) -> None:
     resources = sorted({resource for resource, _ in points})
     losses = [loss for _, loss in points]
     best = min(points, key=lambda point: (-point[0], point[1]))
-    with _figure(stem, 7.2, 3.9) as figure:
-        axes = figure.subplots()
+    with _figure(stem, 7.2, 3.9) as (axes,):
         for trial in trials.values():
             look = {"color": _GREY, "linewidth": 0.8, "label": "trial"}
             if best in trial:
@@ -603,28 +524,28 @@ def draw_search(folder: str | Path, stem: str | Path) -> None:
         axes.set_xticks([], minor=True)
         if max(losses) > 20 * min(losses):  # one that diverged would hide the others
             axes.set_yscale("log")
+        failed = len(lines) - len(points)
         axes.set(xlabel=f"epochs (failed trials: {failed})", ylabel="validation loss")
-        _legend_above(figure, axes)
 
 
 def draw_growth(folder: str | Path, stem: str | Path) -> None:
     """Draw compare.csv: times and model size against the training images, a line a system."""
+    path = Path(folder, "compare.csv")
+    systems, images = read_column(path, "system", str), read_column(path, "training_images")
     quantities = {
         "train_seconds": "training (s)",
         "predict_seconds_per_1000": "prediction of 1,000 images (s)",
         "model_mb": "model (MB)",
     }
-    table = _columns(Path(folder, "compare.csv"), "system", "training_images", *quantities)
-    with _figure(stem, 7.2, 2.7) as figure:
-        panels = figure.subplots(1, 3)
+    with _figure(stem, 7.2, 2.7, ncols=3) as panels:
         for axes, (quantity, label) in zip(panels, quantities.items(), strict=True):
             axes.set_prop_cycle(color=_COLORS, marker=tuple("os^Dv"))
-            for system in dict.fromkeys(table["system"].tolist()):
-                rows = table["system"] == system
-                x, y = table["training_images"][rows], table[quantity][rows]
+            costs = read_column(path, quantity)
+            for system in dict.fromkeys(systems):
+                rows = [i for i, name in enumerate(systems) if name == system]
+                x, y = [images[i] for i in rows], [costs[i] for i in rows]
                 axes.plot(x, y, markersize=4, label=system)
             axes.set(xscale="log", yscale="log", xlabel="training images", ylabel=label)
-        _legend_above(figure, panels[0])
 
 
 def draw_samples(
@@ -636,56 +557,37 @@ def draw_samples(
     """
     _, height, width, *channels = images.shape
     rows, tall, wide = len(class_names), height + 2, width + 2  # with a gap to the next image
-    sheet = np.full((rows, 8, tall, wide, *channels), 255, dtype=np.uint8)
+    sheet = np.full((rows * tall, 8 * wide, *channels), 255, dtype=np.uint8)
     for k in range(rows):
-        chosen = images[np.flatnonzero(labels == k)[:8]]
-        sheet[k, : len(chosen), :height, :width] = chosen
-    sheet = sheet.swapaxes(1, 2).reshape(rows * tall, 8 * wide, *channels)
-    with _figure(stem, 6.8, 0.2 + 0.6 * rows * height / width) as figure:
-        axes = figure.subplots()
+        for i, image in enumerate(images[np.flatnonzero(labels == k)[:8]]):
+            sheet[k * tall :, i * wide :][:height, :width] = image
+    with _figure(stem, 6.8, 0.2 + 0.6 * rows * height / width) as (axes,):
         axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
         axes.set_yticks(height / 2 + tall * np.arange(rows), _titles(class_names, 26))
-        axes.set_xticks([])
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        axes.set(xticks=[], frame_on=False)
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def _report(predictions: Predictions) -> str:
-    """Return what the command line prints."""
-    num_classes = predictions.logits.shape[1]
-    matrix = confusion(predictions.labels, predictions.predicted, num_classes)
-    values, intervals = summary_from_confusion(matrix), bootstrap_intervals(matrix)
-    rows = [[METRIC_NAMES[key], value, *intervals[key]] for key, value in values.items()]
-    shown = [(["metric", "value", "low", "high"], rows)]
-    files = tables(predictions, [f"class {k}" for k in range(num_classes)])
-    for header, rows in (files["per_class.csv"], files["roc/auc.csv"]):
-        shown.append((header[1:], [row[1:] for row in rows]))  # the name has the number
-    parts = [f"{len(predictions.ids):,} images, {num_classes} classes, intervals of 95 %\n"]
-    for header, rows in shown:
-        cells = [[f"{c:.4f}" if isinstance(c, float) else c for c in row] for row in rows]
-        parts.append(markdown_table(header, cells))
-    return "\n".join(parts)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables of a predictions file; return 0, 2 for an error, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="metrics.py", description="Print the tables of a predictions.csv file."
-    )
+    about = "Print the tables of a predictions.csv file."
+    parser = argparse.ArgumentParser("metrics.py", description=about)
     # One line, without the usage.
     parser.error = lambda message: parser.exit(2, f"metrics.py: error: {message}\n")
     parser.add_argument("predictions", help="columns id, label, predicted, logit_0, logit_1, ...")
     path = parser.parse_args(argv).predictions
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = lambda message, *_: print(
-                f"metrics.py: warning: {message}", file=sys.stderr
-            )
-            print(_report(read_predictions(path)), end="", flush=True)
+        predictions = read_predictions(path)
+        names = [f"class {k}" for k in range(predictions.logits.shape[1])]
+        files = tables(predictions, names)
+        print(f"{len(predictions.ids):,} images, {len(names)} classes, intervals of 95 %")
+        # Without the column of the class's number, which its name has.
+        for name, first in (("table.csv", 0), ("per_class.csv", 1), ("roc/auc.csv", 1)):
+            header, *rows = (row[first:] for row in (files[name][0], *files[name][1]))
+            rows = [[f"{c:.4f}" if isinstance(c, float) else c for c in row] for row in rows]
+            print(f"\n{markdown_table(header, rows)}", end="", flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     except (MetricsError, OSError) as error:
