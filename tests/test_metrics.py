@@ -7,41 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, roc_auc_score
 
 import metrics
 from metrics import MetricsError, Predictions
 
-# "Medical Image Classification Model Based on CNN", Wei Deng and Kang Zhu: the figure "Confusion
-# matrix", rows true. The table beside it has .6387, .5426, .5356 and .5678 (cut, not rounded).
-POSTER_CONFUSION = np.array(
-    [
-        [12535, 237, 29, 309, 164, 131, 1342, 1290],
-        [1032, 435, 25, 72, 54, 26, 299, 409],
-        [47, 0, 805, 240, 264, 398, 12, 19],
-        [318, 1, 167, 3078, 580, 211, 243, 65],
-        [307, 7, 190, 671, 1902, 198, 203, 92],
-        [184, 0, 389, 263, 216, 1060, 135, 84],
-        [1522, 66, 20, 383, 204, 139, 8211, 1271],
-        [1633, 145, 7, 160, 121, 98, 1373, 3909],
-    ]
-)
+POSTER = Path(metrics.__file__).parent / "results" / "reference" / "poster"
+POSTER_CONFUSION = np.loadtxt(POSTER / "confusion.csv", int, delimiter=",", skiprows=1)[:, 1:]
 NAMES = ["Collecting Duct, Connecting Tubule", 'a "quoted" name', "two\nlines", "Größe $x$ | µ"]
 
 
-def predictions_of(seed=5, num_classes=4, n=100, used=None, ties=True):
+def predictions_of(seed=5, num_classes=4, n=100, used=None):
     """Return Predictions; only the classes in `used` occur as labels."""
     generator = np.random.RandomState(seed)
     labels = generator.choice(num_classes if used is None else used, n).astype(np.int64)
-    logits = generator.normal(size=(n, num_classes)) + np.eye(num_classes)[labels]
-    logits = (np.round(logits * 8) / 8 if ties else logits).astype(np.float32)
+    logits = (generator.normal(size=(n, num_classes)) + np.eye(num_classes)[labels]).astype("f4")
     return Predictions(np.arange(n) * 3 - 5, labels, logits.argmax(axis=1), logits)
 
 
@@ -55,7 +40,7 @@ def sklearn_summary(labels, predicted):
 
 def expand(matrix):
     true, predicted = np.nonzero(matrix)
-    counts = np.asarray(matrix)[true, predicted]
+    counts = matrix[true, predicted]
     return np.repeat(true, counts), np.repeat(predicted, counts)
 
 
@@ -64,6 +49,7 @@ def expand(matrix):
 
 def test_poster_figures():
     figures = metrics.summary_from_confusion(POSTER_CONFUSION)
+    # The poster's table has .6387, .5426, .5356 and .5678 (cut, not rounded).
     exact = {"accuracy": 0.638700, "f1": 0.542641, "recall": 0.535631, "precision": 0.567883}
     assert figures == pytest.approx(exact, abs=5e-7)
     labels, predicted = expand(POSTER_CONFUSION)
@@ -72,7 +58,7 @@ def test_poster_figures():
     np.testing.assert_array_equal(metrics.confusion(labels, predicted, 8), POSTER_CONFUSION)
 
 
-@pytest.mark.parametrize(("num_classes", "n"), [(2, 1), (2, 400), (3, 7), (8, 400), (30, 40)])
+@pytest.mark.parametrize(("num_classes", "n"), [(2, 1), (3, 7), (8, 400), (30, 40)])
 def test_summary_agrees_with_scikit_learn(num_classes, n):
     _, labels, predicted, _ = predictions_of(n, num_classes, n)
     figures = metrics.summary(labels, predicted.tolist(), num_classes)
@@ -91,12 +77,6 @@ def test_undefined_figures_by_hand():
             "precision": (1 / 2 + 2 / 3 + 0 + 0) / 4,
         }
     )
-    with pytest.warns(UndefinedMetricWarning) as caught:
-        classes = metrics.per_class(labels, predicted, 5)
-    assert [str(warning.message) for warning in caught] == [
-        "class 2, 3: never predicted, precision is undefined",
-        "class 3, 4: not in the test set, recall is undefined",
-    ]
     nan = math.nan
     expected = [
         (1 / 2, 1 / 2, 1 / 2, 2),
@@ -105,7 +85,7 @@ def test_undefined_figures_by_hand():
         (nan, nan, nan, 0),
         (0, nan, 0, 0),
     ]
-    np.testing.assert_allclose(classes, expected, equal_nan=True)
+    np.testing.assert_allclose(metrics.per_class(labels, predicted, 5), expected, equal_nan=True)
 
 
 def test_softmax_does_not_overflow():
@@ -114,6 +94,7 @@ def test_softmax_does_not_overflow():
 
 def test_roc_curves_by_definition():
     _, labels, _, logits = predictions_of(1, 4, 300)
+    logits = np.round(logits * 8) / 8
     for k, curve in enumerate(metrics.roc_curves(labels, logits)):
         positive, scores = labels == k, logits[:, k]
         called = scores >= curve.thresholds[:, np.newaxis]  # (thresholds, images)
@@ -127,44 +108,29 @@ def test_roc_curves_by_definition():
         assert curve.auc == pytest.approx((np.sign(pairs).mean() + 1) / 2, abs=1e-12)
 
 
-@pytest.mark.parametrize(("used", "undefined"), [([0, 1, 3], [2]), ([1], [0, 1, 2, 3])])
-def test_roc_of_absent_classes(used, undefined):
+@pytest.mark.parametrize("used", [[0, 1, 3], [1]])
+def test_roc_of_absent_classes(used):
     _, labels, _, logits = predictions_of(2, 4, 60, used)
-    with pytest.warns(UndefinedMetricWarning):
-        curves = metrics.roc_curves(labels, logits)
-    assert [k for k in range(4) if math.isnan(curves[k].auc)] == undefined
-    for k, curve in enumerate(curves):
+    for k, curve in enumerate(metrics.roc_curves(labels, logits)):
         assert np.isnan(curve.tpr).all() == (k not in used)
         assert np.isnan(curve.fpr).all() == (used == [k])
+        assert math.isnan(curve.auc) == (k not in used or used == [k])
 
 
 @pytest.mark.parametrize("wrong", [[0, 1, 2], [0, -1, 0], [0.0, 1.0, 1.0], ["a", "b", "c"]])
 def test_wrong_labels(wrong):
     for function, *arguments in (
         (metrics.summary, wrong, [0, 1, 1], 2),
-        (metrics.summary, [0, 1, 1], wrong, 2),
+        (metrics.per_class, [0, 1, 1], wrong, 2),
         (metrics.roc_curves, wrong, np.eye(3)[:, :2]),
     ):
-        with pytest.raises(MetricsError, match=r"^\w+( classes)?: .*integers from 0 to 1$"):
+        with pytest.raises(MetricsError, match="integers from 0 to 1"):
             function(*arguments)
 
 
-# ---- intervals -----------------------------------------------------------------------------------
-
-
-def test_bootstrap_of_the_poster():
-    # NumPy promises that RandomState's stream never changes, so these are the same everywhere.
+def test_bootstrap_of_accuracy_in_closed_form():
     intervals = metrics.bootstrap_intervals(POSTER_CONFUSION)
-    assert list(intervals) == list(metrics.METRIC_NAMES)
-    expected = [
-        [0.6345, 0.64294],
-        [0.536891924852074, 0.5482974894055691],
-        [0.5302536117818577, 0.5410263316993901],
-        [0.5612816181017718, 0.5745682719057594],
-    ]
-    np.testing.assert_allclose(list(intervals.values()), expected, rtol=1e-12)
-    # Accuracy is binomial: its interval is known in closed form.
-    reach = 1.959964 * math.sqrt(0.6387 * (1 - 0.6387) / 50_000)
+    reach = 1.959964 * math.sqrt(0.6387 * (1 - 0.6387) / 50_000)  # accuracy is binomial
     assert intervals["accuracy"] == pytest.approx((0.6387 - reach, 0.6387 + reach), abs=2e-4)
     assert metrics.bootstrap_intervals(POSTER_CONFUSION, seed=1) != intervals
 
@@ -172,34 +138,31 @@ def test_bootstrap_of_the_poster():
 def test_bootstrap_agrees_with_scikit_learn(monkeypatch):
     monkeypatch.setattr(metrics, "REPLICATES", 60)
     matrix = np.array([[3, 1, 0, 0], [1, 2, 0, 0], [0, 2, 1, 0], [0, 0, 1, 0]])
+    # NumPy promises that RandomState's stream never changes.
     draws = np.random.RandomState(0).multinomial(11, matrix.ravel() / 11, 60).reshape(60, 4, 4)
     assert 0 < ((draws.sum(1) + draws.sum(2)) == 0).any(axis=1).sum() < 60  # a class is missing
     values = [list(sklearn_summary(*expand(draw)).values()) for draw in draws]
     expected = np.quantile(values, [0.025, 0.975], axis=0).T
-    np.testing.assert_allclose(list(metrics.bootstrap_intervals(matrix).values()), expected)
+    intervals = metrics.bootstrap_intervals(matrix)
+    assert list(intervals) == list(metrics.METRIC_NAMES)
+    np.testing.assert_allclose(list(intervals.values()), expected)
 
 
-def delong_by_definition(positive, scores):
-    """DeLong, DeLong & Clarke-Pearson 1988, equations (1) to (6), for one curve."""
-    cases, controls = scores[positive].astype(float), scores[~positive].astype(float)
+@pytest.mark.parametrize("ties", [True, False])
+def test_delong_by_definition(ties):
+    generator = np.random.RandomState(7)
+    positive = generator.uniform(size=120) < 0.3
+    scores = generator.normal(size=120) + positive
+    scores = np.round(scores) if ties else scores
+    # DeLong, DeLong & Clarke-Pearson 1988, equations (1) to (6), for one curve.
+    cases, controls = scores[positive], scores[~positive]
     kernel = (np.sign(cases[:, np.newaxis] - controls) + 1) / 2
     area = kernel.mean()
     s10 = ((kernel.mean(axis=1) - area) ** 2).sum() / (len(cases) - 1)
     s01 = ((kernel.mean(axis=0) - area) ** 2).sum() / (len(controls) - 1)
     reach = 1.959963984540054 * math.sqrt(s10 / len(cases) + s01 / len(controls))
-    return max(0, area - reach), min(1, area + reach)
-
-
-@pytest.mark.parametrize("scale", [1, 3, None])
-def test_delong_by_definition(scale):
-    generator = np.random.RandomState(7)
-    positive = generator.uniform(size=120) < 0.3
-    scores = generator.normal(size=120) + positive
-    if scale:
-        scores = np.round(scores * scale)
-    assert (len(np.unique(scores)) < 60) == bool(scale)  # ties, or none
-    expected = delong_by_definition(positive, scores)
-    assert metrics.delong_interval(positive, scores) == pytest.approx(expected)
+    expected = pytest.approx((area - reach, area + reach))
+    assert metrics.delong_interval(positive, scores) == expected
 
 
 def test_delong_by_hand():
@@ -224,39 +187,35 @@ def test_csv(tmp_path):
         '"a ""quoted"" name",0.1\n"two\nlines",5e-324\nGröße $x$ | µ,nan\n'
         '"Collecting Duct, Connecting Tubule",-inf\n"a ""quoted"" name",-7\n'
     )
-    metrics.write(tmp_path / "a.csv", text)
-    assert (tmp_path / "a.csv").read_bytes() == text.encode()
-    header, read = metrics.read_csv(tmp_path / "a.csv")
-    assert header == ["name", "value"]
-    assert read == [[name, str(value)] for name, value in rows]
+    path = tmp_path / "a.csv"
+    metrics.write(path, text)
+    assert path.read_bytes() == text.encode()
+    cells = [[name, str(value)] for name, value in rows]
+    assert metrics.read_csv(path) == (["name", "value"], cells)
+    assert metrics.read_column(path, "name", str) == [name for name, _ in rows]
+    np.testing.assert_array_equal(metrics.read_column(path, "value"), [float(c) for _, c in cells])
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError):
-        metrics.write(tmp_path / "gone" / "a.csv", "a\n")
     path = tmp_path / "a.csv"
     metrics.write(path, "caf\udce9\n")  # a folder's name in Latin-1
-    write_bytes = Path.write_bytes
-    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
 
-        def full(self, content, error=error):
-            write_bytes(self, content[:1])
-            raise error
+    def interrupted(self, target):
+        raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch, pytest.raises(type(error)):
-            patch.setattr(Path, "write_bytes", full)
-            metrics.write(path, b"new")
-        assert list(tmp_path.iterdir()) == [path]
-        assert path.read_bytes() == b"caf\\udce9\n"
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.write(path, b"new")
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"caf\\udce9\n"
 
 
 def test_predictions_round_trip(tmp_path):
-    bits = np.random.RandomState(0).randint(2**32, size=(3000, 3), dtype=np.uint64)
-    logits = bits.astype(np.uint32).view(np.float32)
-    logits = logits[np.isfinite(logits).all(axis=1)]
+    bits = np.random.RandomState(0).randint(2**32, size=(3000, 3), dtype=np.uint32)
+    logits = bits.view(np.float32)[np.isfinite(bits.view(np.float32)).all(axis=1)]
     largest, least = np.finfo(np.float32).max, np.finfo(np.float32).smallest_subnormal
     logits[:2] = [[largest, -largest, 0], [-0.0, least, -least]]
-    ids = np.random.RandomState(1).permutation(len(logits)) - 10
+    ids = np.arange(len(logits))
     ids[:2] = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     written = Predictions(ids, np.arange(len(ids)) % 3, logits.argmax(axis=1), logits)
     text = metrics.predictions_text(written)
@@ -269,21 +228,27 @@ def test_predictions_round_trip(tmp_path):
         assert before.tobytes() == after.tobytes()  # the sign of zero as well
 
 
+def refuses(function, path, content, words):
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(MetricsError, match=f"{path}: .*{words}") as caught:
+        function(path)
+    assert "\n" not in str(caught.value)
+
+
 HEADER = "id,label,predicted,logit_0,logit_1\n"
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "empty"),
+        ("", "empty"),
         (HEADER + "0,1,1,0.5,1", "cut short"),
         (HEADER + "0,1,1,0.5,\udcff1\n", "not a CSV file in UTF-8 .*byte 0xff"),
         (HEADER + '0,1,1,0.5,"1\n', "not a CSV file"),
-        (HEADER + "0,1,1,0.5,1\n0,1,1,0.5\n", "row 3 has 4 cells, the header 5"),
+        (HEADER + "0,1,1,0.5,1\n0,1,1,0.5\n", "row 3 has 4 cells, not 5"),
         (HEADER + "0,1,1,0.5,1\n\n1,1,1,0.5,1\n", "row 3 has 0 cells"),
         (HEADER, "give rows of id,label"),
         ("id,label,predicted,logit_0\n0,0,0,1\n", "give rows of id,label"),
-        ("0,1,1,0.5,1\n", "give rows of id,label"),
         (HEADER + "0,1,1,0.5,1\n1,1,1,0.5,x\n", "'x' .* row 1, column 5"),
         (HEADER + "0,1.5,1,0.5,1\n", "'1.5'"),
         (HEADER + f"{2**63},1,1,0.5,1\n", "row 0, column 1"),
@@ -295,36 +260,25 @@ HEADER = "id,label,predicted,logit_0,logit_1\n"
     ],
 )
 def test_malformed_predictions(tmp_path, content, words):
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogateescape")
     refuses(metrics.read_predictions, tmp_path / "p.csv", content, words)
-
-
-def refuses(function, path, content, words):
-    path.write_bytes(content)
-    with pytest.raises(MetricsError, match=f"{path}: .*{words}") as caught:
-        function(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_logits_of_a_training_that_diverged_are_not_written():
     predictions = predictions_of()
     predictions.logits[1, 2] = math.nan
-    with pytest.raises(MetricsError, match=r"^row 3: .*did training diverge\?"):
-        metrics.predictions_text(predictions._replace(predicted=predictions.logits.argmax(axis=1)))
+    with pytest.raises(MetricsError, match=r"did training diverge\?"):
+        metrics.predictions_text(predictions)
 
 
 def test_tables():
-    # No ties: whether softmax keeps one is a matter of rounding.
-    _, labels, predicted, logits = predictions = predictions_of(6, used=[0, 1, 3], ties=False)
-    with pytest.warns(UndefinedMetricWarning) as caught:
-        tables = metrics.tables(predictions, NAMES)
-    assert [str(w.message) for w in caught] == ["class 2: not in the test set, recall is undefined"]
+    _, labels, predicted, logits = predictions = predictions_of(6, used=[0, 1, 3])
+    tables = metrics.tables(predictions, NAMES)
     assert {name: ",".join(header) for name, (header, _) in tables.items()} == {
         "confusion.csv": "label,predicted_0,predicted_1,predicted_2,predicted_3",
         "per_class.csv": "class,name,precision,recall,f1,support",
         "roc/auc.csv": "class,name,auc,auc_low,auc_high,auc_softmax,support",
         **{f"roc/class_{k}.csv": "fpr,tpr,threshold" for k in range(4)},
+        "table.csv": "metric,value,low_95,high_95",
     }
     rows = {name: rows for name, (_, rows) in tables.items()}
     cells = [cell for file in rows.values() for row in file for cell in row]
@@ -334,6 +288,11 @@ def test_tables():
     assert [row[:2] for row in rows["roc/auc.csv"]] == named
     matrix = metrics.confusion(labels, predicted, 4)
     np.testing.assert_array_equal(np.array(rows["confusion.csv"])[:, 1:], matrix)
+    values, intervals = sklearn_summary(labels, predicted), metrics.bootstrap_intervals(matrix)
+    assert rows["table.csv"] == [
+        [name, pytest.approx(values[key]), *intervals[key]]
+        for key, name in metrics.METRIC_NAMES.items()
+    ]
     columns = precision_recall_fscore_support(labels, predicted, zero_division=np.nan)
     figures = [row[2:] for row in rows["per_class.csv"]]
     np.testing.assert_allclose(figures, np.transpose(columns), equal_nan=True)
@@ -366,32 +325,24 @@ def test_markdown_table():
 # ---- command line --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def predictions_csv(tmp_path):
+def test_the_command_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(metrics.__file__, tmp_path)
     metrics.write(tmp_path / "p.csv", metrics.predictions_text(predictions_of()))
-    return tmp_path / "p.csv"
-
-
-def test_main_prints_the_tables(predictions_csv, capsys):
-    assert metrics.main([str(predictions_csv)]) == 0
-    captured = capsys.readouterr()
+    code = "import sys, metrics; sys.exit(metrics.main(['p.csv']) or 'matplotlib' in sys.modules)"
+    command, keep = [sys.executable, "-c", code], {"cwd": tmp_path, "stderr": subprocess.PIPE}
+    run = subprocess.run(command, **keep, stdout=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
     _, labels, predicted, logits = predictions_of()
-    figures = sklearn_summary(labels, predicted)
-    area = roc_auc_score(labels == 3, logits[:, 3])
-    assert captured.out.startswith("100 images, 4 classes, intervals of 95 %\n\n| metric ")
-    assert re.search(rf"\| accuracy +\| {figures['accuracy']:.4f} \| 0\.\d{{4}} \|", captured.out)
-    assert re.search(rf"\| macro F1 +\| {figures['f1']:.4f} \|", captured.out)
-    assert re.search(rf"\| class 3 \| {area:.4f} \|.* {(labels == 3).sum()} \|\n$", captured.out)
-    assert captured.err == ""
+    accuracy, area = accuracy_score(labels, predicted), roc_auc_score(labels == 3, logits[:, 3])
+    assert run.stdout.startswith("100 images, 4 classes, intervals of 95 %\n\n| metric ")
+    assert re.search(rf"\| accuracy +\| {accuracy:.4f} \| 0\.\d{{4}} \|", run.stdout)
+    assert re.search(rf"\| class 3 \| {area:.4f} \|.* {(labels == 3).sum()} \|\n$", run.stdout)
 
-
-def test_main_says_what_is_undefined(tmp_path, capsys):
-    (tmp_path / "p.csv").write_text(HEADER + "0,0,0,1,0\n1,0,1,0,1\n")
-    assert metrics.main([str(tmp_path / "p.csv")]) == 0
-    captured = capsys.readouterr()
-    assert re.search(r"\| class 1 \| +nan .* 0 \|\n$", captured.out)
-    warned = "metrics.py: warning: class 1: not in the test set, recall is undefined\n"
-    assert captured.err == warned
+    reading, writing = os.pipe()
+    os.close(reading)  # as in `| head -1`
+    run = subprocess.run(command, **keep, stdout=writing)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (0, b"")
 
 
 def test_main_reports_errors_in_one_line(tmp_path, capsys, monkeypatch):
@@ -411,28 +362,8 @@ def test_main_reports_errors_in_one_line(tmp_path, capsys, monkeypatch):
     assert metrics.main(["p.csv"]) == 130
 
 
-def test_main_stops_quietly_where_its_reader_does(predictions_csv):
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, metrics.__file__, str(predictions_csv)]
-    run = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writing)
-    assert (run.returncode, run.stderr) == (0, "")
-
-
-def test_alone_in_an_empty_folder(predictions_csv):
-    shutil.copy(metrics.__file__, predictions_csv.parent)
-    code = "import sys, metrics; sys.exit(metrics.main(['p.csv']) or 'matplotlib' in sys.modules)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=predictions_csv.parent, capture_output=True, text=True
-    )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.startswith("100 images, 4 classes,")
-
-
 # ---- figures -------------------------------------------------------------------------------------
 
-POSTER = Path(metrics.__file__).parent / "results" / "reference" / "poster"
 RUN = predictions_of(6, 8, n=200, used=[0, 1, 3, 4, 5, 6, 7])
 AREA = f"AUC {roc_auc_score(RUN.labels == 3, RUN.logits[:, 3]):.3f}"
 INTERVAL = "({:.3f} to {:.3f})".format(*metrics.delong_interval(RUN.labels == 3, RUN.logits[:, 3]))
@@ -446,9 +377,7 @@ def log_line(resource, trial, loss):
 def folder(tmp_path):
     """Return a run's folder, class 2 of 8 not in its test set."""
     pytest.importorskip("matplotlib")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UndefinedMetricWarning)
-        tables = metrics.tables(RUN, [*NAMES, "4", "five", "six", "seven"])
+    tables = metrics.tables(RUN, [*NAMES, "4", "five", "six", "seven"])
     tables["history.csv"] = (
         ["epoch", "learning_rate", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy"],
         [[e, 0.1 if e < 9 else 0.03, 1 / (e + 1), math.nan, 0.5, 0.4] for e in range(12)],
@@ -487,7 +416,7 @@ def drawn(stem, draw):
         ("class_ratios", "poster", ["5: Podocytes", "0.32", "0.05", "0.04", "0.24"]),
         ("confusion", "poster", ["true class", *map(str, POSTER_CONFUSION.ravel())]),
         ("roc", "run", [AREA, INTERVAL, "AUC nan", f"3: {NAMES[3]}", "true positive rate"]),
-        ("roc", "run poster", [AREA, INTERVAL, "poster 0.944", "this run", "poster"]),
+        ("roc", "run poster", [AREA, INTERVAL, "poster AUC 0.944", "this run", "poster"]),
         ("roc", "poster", ["AUC 0.868", "class ratio 0.32"]),
         ("history", "run", ["training", "validation", "learning rate drops", "epoch"]),
         ("history", "run poster", ["training", "validation", "learning rate drops", "poster"]),
@@ -526,8 +455,8 @@ def test_draw_samples(tmp_path, shape):
 @pytest.mark.parametrize(
     ("name", "content", "figure", "words"),
     [
-        ("confusion.csv", "label,predicted_0\n0,many\n", "confusion", "'many'"),
-        ("confusion.csv", "label,predicted_0\n", "confusion", "no column label.*, or no row"),
+        ("confusion.csv", "label,predicted_0\n0,many\n", "confusion", "predicted_0: .*'many'"),
+        ("confusion.csv", "label,predicted_0\n", "confusion", "no column predicted_0, or no row"),
         ("history.csv", "epoch\n0\n", "history", "no column train_accuracy"),
         ("tuning.jsonl", log_line(1, 0, 1.0) + "[1]\n", "search", "not a log of trials"),
         ("tuning.jsonl", log_line("x", 0, 1.0), "search", "not a log of trials"),
@@ -535,21 +464,17 @@ def test_draw_samples(tmp_path, shape):
     ],
 )
 def test_a_figure_of_a_damaged_file(tmp_path, name, content, figure, words):
+    pytest.importorskip("matplotlib")
     draw, stem = getattr(metrics, f"draw_{figure}"), tmp_path / "a"
-    refuses(lambda path: draw(path.parent, stem), tmp_path / name, content.encode(), words)
+    refuses(lambda path: draw(path.parent, stem), tmp_path / name, content, words)
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 def test_figures_neither_heed_nor_change_the_settings_of_matplotlib(folder):
-    code = (
-        "import sys, metrics; from matplotlib import rcParams; rcParams['axes.facecolor'] = 'red'; "
-        # Looking at the key 'backend' makes matplotlib load pyplot and look for a display.
-        "state = lambda: {key: rcParams[key] for key in rcParams if key != 'backend'}; "
-        "before = state(); metrics.draw_class_ratios('.', 'a'); "
-        "assert state() == before and before['axes.facecolor'] == 'red'; "
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    shutil.copy(metrics.__file__, folder)
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
-    metrics.draw_class_ratios(folder, folder / "b")
+    from matplotlib import rc_context, rcParams
+
+    metrics.draw_class_ratios(folder, folder / "a")
+    with rc_context({"axes.facecolor": "red", "font.size": 5}):
+        metrics.draw_class_ratios(folder, folder / "b")
+        assert (rcParams["axes.facecolor"], rcParams["font.size"]) == ("red", 5)
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
