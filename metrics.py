@@ -144,12 +144,10 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     scores = np.asarray(scores, dtype=np.float64)
     labels = _classes(labels, scores.shape[1])
     curves = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UndefinedMetricWarning)  # the NaN says it
+    with warnings.catch_warnings(action="ignore", category=UndefinedMetricWarning):  # NaN says it
         for k, column in enumerate(scores.T):
             fpr, tpr, thresholds = sklearn.metrics.roc_curve(labels == k, column)
-            area = float(sklearn.metrics.auc(fpr, tpr))
-            curves.append(RocCurve(fpr, tpr, thresholds, area))
+            curves.append(RocCurve(fpr, tpr, thresholds, float(sklearn.metrics.auc(fpr, tpr))))
     return curves
 
 
@@ -200,7 +198,6 @@ def delong_interval(positive: ArrayLike, scores: ArrayLike) -> tuple[float, floa
 
 
 # ---- files ---------------------------------------------------------------------------------------
-#
 # Errors name the file and the row, counted as editors do: the header is row 1.
 
 
@@ -346,7 +343,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 
 
 # ---- figures -------------------------------------------------------------------------------------
-#
 # Each is drawn from the files of a folder to STEM.png and STEM.svg, the same bytes each time. The
 # folder is a run's or the one with the poster's own results; `reference` is the latter, to be drawn
 # over a run. All raise ImportError where matplotlib is missing.
@@ -389,8 +385,7 @@ def _figure(stem: str | Path, width: float, height: float, **grid: Any) -> Itera
 def _titles(names: Iterable[str], width: int) -> list[str]:
     """Return '5: Podocytes' in lines of `width`, or '5' where the name says no more."""
     titles = [name if name == str(k) else f"{k}: {name}" for k, name in enumerate(names)]
-    # A dollar sign would begin a formula.
-    return [textwrap.fill(title, width).replace("$", r"\$") for title in titles]
+    return [textwrap.fill(title, width).replace("$", r"\$") for title in titles]  # "$": no formula
 
 
 def _read_confusion(folder: str | Path) -> np.ndarray:
@@ -429,8 +424,7 @@ def draw_class_ratios(folder: str | Path, stem: str | Path) -> None:
     with _figure(stem, 5.2, 0.8 + 0.28 * len(ratios)) as (axes,):
         axes.bar_label(axes.barh(titles, ratios, color=_BLUE), fmt="{:.2f}", padding=3)
         axes.invert_yaxis()  # class 0 on top, as in the tables
-        axes.margins(x=0.12)
-        axes.set(xlabel="class ratio (share of the test images)")
+        axes.set(xlabel="class ratio (share of the test images)", xmargin=0.12)
 
 
 def draw_confusion(folder: str | Path, stem: str | Path) -> None:
@@ -462,10 +456,9 @@ def draw_roc(folder: str | Path, stem: str | Path, reference: str | Path | None 
             axes = panels[k]
             axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=0.8)
             axes.plot(fpr, tpr, color=_BLUE, label="this run")
-            if poster:
-                fpr, tpr, theirs = poster[k]
-                axes.plot(fpr, tpr, **_POSTER)
-                text += f"\nposter {theirs}"
+            if reference:
+                axes.plot(*poster[k][:2], **_POSTER)
+                text += f"\nposter {poster[k][2]}"
             text += f"\nclass ratio {ratios[k]:.2f}"
             axes.text(1, 0.01, text, ha="right", va="bottom", size=7.5)
             axes.set(title=titles[k], aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
@@ -531,7 +524,8 @@ def draw_search(folder: str | Path, stem: str | Path) -> None:
 def draw_growth(folder: str | Path, stem: str | Path) -> None:
     """Draw compare.csv: times and model size against the training images, a line a system."""
     path = Path(folder, "compare.csv")
-    systems, images = read_column(path, "system", str), read_column(path, "training_images")
+    systems = np.array(read_column(path, "system", str))
+    images = np.array(read_column(path, "training_images"))
     quantities = {
         "train_seconds": "training (s)",
         "predict_seconds_per_1000": "prediction of 1,000 images (s)",
@@ -540,11 +534,10 @@ def draw_growth(folder: str | Path, stem: str | Path) -> None:
     with _figure(stem, 7.2, 2.7, ncols=3) as panels:
         for axes, (quantity, label) in zip(panels, quantities.items(), strict=True):
             axes.set_prop_cycle(color=_COLORS, marker=tuple("os^Dv"))
-            costs = read_column(path, quantity)
-            for system in dict.fromkeys(systems):
-                rows = [i for i, name in enumerate(systems) if name == system]
-                x, y = [images[i] for i in rows], [costs[i] for i in rows]
-                axes.plot(x, y, markersize=4, label=system)
+            costs = np.array(read_column(path, quantity))
+            for system in dict.fromkeys(systems.tolist()):
+                rows = systems == system
+                axes.plot(images[rows], costs[rows], markersize=4, label=system)
             axes.set(xscale="log", yscale="log", xlabel="training images", ylabel=label)
 
 
