@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import sklearn.metrics
 from numpy.typing import ArrayLike
-from sklearn.exceptions import UndefinedMetricWarning
 
 # The figures of `summary`, in its order, and what readers call them.
 METRIC_NAMES = {
@@ -144,7 +143,7 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     scores = np.asarray(scores, dtype=np.float64)
     labels = _classes(labels, scores.shape[1])
     curves = []
-    with warnings.catch_warnings(action="ignore", category=UndefinedMetricWarning):  # NaN says it
+    with warnings.catch_warnings(action="ignore"):  # of undefined curves, as NaN says
         for k, column in enumerate(scores.T):
             fpr, tpr, thresholds = sklearn.metrics.roc_curve(labels == k, column)
             curves.append(RocCurve(fpr, tpr, thresholds, float(sklearn.metrics.auc(fpr, tpr))))
@@ -500,24 +499,21 @@ def draw_search(folder: str | Path, stem: str | Path) -> None:
                 trials.setdefault((record["bracket"], record["trial"]), []).append(point)
     except (ValueError, TypeError, KeyError) as error:
         raise MetricsError(f"{path}: not a log of trials ({error!r})") from None
-    points = [point for trial in trials.values() for point in trial]
-    if not points:
+    if not trials:
         raise MetricsError(f"{path}: no trial has a loss yet; let the search go on")
-    resources = sorted({resource for resource, _ in points})
-    losses = [loss for _, loss in points]
-    best = min(points, key=lambda point: (-point[0], point[1]))
+    resources, losses = zip(*(point for trial in trials.values() for point in trial), strict=True)
+    ticks = sorted({*resources})
+    best = min(trials.values(), key=lambda trial: (-trial[-1][0], trial[-1][1]))
     with _figure(stem, 7.2, 3.9) as (axes,):
         for trial in trials.values():
-            look = {"color": _GREY, "linewidth": 0.8, "label": "trial"}
-            if best in trial:
-                look = {"color": _BLUE, "linewidth": 2, "label": "lowest loss", "zorder": 3}
-            axes.plot(*zip(*sorted(trial), strict=True), marker="o", markersize=3, **look)
+            axes.plot(*zip(*trial, strict=True), "o-", color=_GREY, ms=3, lw=0.8, label="trial")
+        axes.plot(*zip(*best, strict=True), "o-", color=_BLUE, ms=3, lw=2, label="lowest loss")
         axes.set_xscale("log")
-        axes.set_xticks(resources, [f"{resource:g}" for resource in resources])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         if max(losses) > 20 * min(losses):  # one that diverged would hide the others
             axes.set_yscale("log")
-        failed = len(lines) - len(points)
+        failed = len(lines) - len(losses)
         axes.set(xlabel=f"epochs (failed trials: {failed})", ylabel="validation loss")
 
 

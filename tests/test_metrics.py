@@ -69,22 +69,12 @@ def test_summary_agrees_with_scikit_learn(num_classes, n):
 def test_undefined_figures_by_hand():
     # Class 2 is never predicted, class 3 does not occur at all, class 4 is only predicted.
     labels, predicted = [0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 0, 4]
-    assert metrics.summary(labels, predicted, 5) == pytest.approx(
-        {
-            "accuracy": 3 / 6,
-            "f1": (1 / 2 + 4 / 5 + 0 + 0) / 4,
-            "recall": (1 / 2 + 1 + 0 + 0) / 4,
-            "precision": (1 / 2 + 2 / 3 + 0 + 0) / 4,
-        }
-    )
+    figures = metrics.summary(labels, predicted, 5)
+    by_hand = [3 / 6, (1 / 2 + 4 / 5) / 4, (1 / 2 + 1) / 4, (1 / 2 + 2 / 3) / 4]
+    assert list(figures.values()) == pytest.approx(by_hand)
     nan = math.nan
-    expected = [
-        (1 / 2, 1 / 2, 1 / 2, 2),
-        (2 / 3, 1, 4 / 5, 2),
-        (nan, 0, 0, 2),
-        (nan, nan, nan, 0),
-        (0, nan, 0, 0),
-    ]
+    expected = [(1 / 2, 1 / 2, 1 / 2, 2), (2 / 3, 1, 4 / 5, 2)]
+    expected += [(nan, 0, 0, 2), (nan, nan, nan, 0), (0, nan, 0, 0)]
     np.testing.assert_allclose(metrics.per_class(labels, predicted, 5), expected, equal_nan=True)
 
 
@@ -148,12 +138,10 @@ def test_bootstrap_agrees_with_scikit_learn(monkeypatch):
     np.testing.assert_allclose(list(intervals.values()), expected)
 
 
-@pytest.mark.parametrize("ties", [True, False])
-def test_delong_by_definition(ties):
+def test_delong_by_definition():
     generator = np.random.RandomState(7)
     positive = generator.uniform(size=120) < 0.3
-    scores = generator.normal(size=120) + positive
-    scores = np.round(scores) if ties else scores
+    scores = np.round(generator.normal(size=120) + positive)  # with many ties
     # DeLong, DeLong & Clarke-Pearson 1988, equations (1) to (6), for one curve.
     cases, controls = scores[positive], scores[~positive]
     kernel = (np.sign(cases[:, np.newaxis] - controls) + 1) / 2
@@ -219,9 +207,7 @@ def test_predictions_round_trip(tmp_path):
     ids[:2] = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     written = Predictions(ids, np.arange(len(ids)) % 3, logits.argmax(axis=1), logits)
     text = metrics.predictions_text(written)
-    assert text.startswith(
-        "id,label,predicted,logit_0,logit_1,logit_2\n9223372036854775807,0,0,3.4"
-    )
+    assert text.startswith("id,label,predicted,logit_0,logit_1,logit_2\n9223372036854775807,0,0,3")
     metrics.write(tmp_path / "p.csv", text)
     for before, after in zip(written, metrics.read_predictions(tmp_path / "p.csv"), strict=True):
         assert before.dtype == after.dtype
@@ -246,15 +232,12 @@ HEADER = "id,label,predicted,logit_0,logit_1\n"
         (HEADER + "0,1,1,0.5,\udcff1\n", "not a CSV file in UTF-8 .*byte 0xff"),
         (HEADER + '0,1,1,0.5,"1\n', "not a CSV file"),
         (HEADER + "0,1,1,0.5,1\n0,1,1,0.5\n", "row 3 has 4 cells, not 5"),
-        (HEADER + "0,1,1,0.5,1\n\n1,1,1,0.5,1\n", "row 3 has 0 cells"),
         (HEADER, "give rows of id,label"),
         ("id,label,predicted,logit_0\n0,0,0,1\n", "give rows of id,label"),
         (HEADER + "0,1,1,0.5,1\n1,1,1,0.5,x\n", "'x' .* row 1, column 5"),
         (HEADER + "0,1.5,1,0.5,1\n", "'1.5'"),
-        (HEADER + f"{2**63},1,1,0.5,1\n", "row 0, column 1"),
         (HEADER + "0,1,1,nan,1\n", "row 2: a logit is not finite"),
         (HEADER + "0,2,1,0.5,1\n", "row 2: the label is not 0 to 1"),
-        (HEADER + "0,-1,1,0.5,1\n", "row 2: the label is not 0 to 1"),
         (HEADER + "0,1,1,0.5,1\n1,1,2,0.5,1\n", "row 3: predicted is not the"),
         (HEADER + "0,1,1,1,1\n", "row 2: predicted is not the"),  # not the first maximum
     ],
@@ -283,9 +266,8 @@ def test_tables():
     rows = {name: rows for name, (_, rows) in tables.items()}
     cells = [cell for file in rows.values() for row in file for cell in row]
     assert {type(cell) for cell in cells} == {int, str, float}
-    named = [[k, name] for k, name in enumerate(NAMES)]
-    assert [row[:2] for row in rows["per_class.csv"]] == named
-    assert [row[:2] for row in rows["roc/auc.csv"]] == named
+    for file in ("per_class.csv", "roc/auc.csv"):
+        assert [tuple(row[:2]) for row in rows[file]] == [*enumerate(NAMES)]
     matrix = metrics.confusion(labels, predicted, 4)
     np.testing.assert_array_equal(np.array(rows["confusion.csv"])[:, 1:], matrix)
     values, intervals = sklearn_summary(labels, predicted), metrics.bootstrap_intervals(matrix)
@@ -296,8 +278,7 @@ def test_tables():
     columns = precision_recall_fscore_support(labels, predicted, zero_division=np.nan)
     figures = [row[2:] for row in rows["per_class.csv"]]
     np.testing.assert_allclose(figures, np.transpose(columns), equal_nan=True)
-    exponentials = np.exp(logits.astype(np.float64))
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    probabilities = metrics.softmax(logits)
     for k, (*_, area, low, high, of_softmax, support) in enumerate(rows["roc/auc.csv"]):
         positive, points = labels == k, np.array(rows[f"roc/class_{k}.csv"])
         assert support == positive.sum()
@@ -397,16 +378,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def drawn(stem, draw):
-    """Return the SVG and its texts, having checked that it has the same bytes each time."""
-    pictures = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    draw(stem)
-    png, svg = [picture.read_bytes() for picture in pictures]
-    draw(stem)
-    assert [png, svg] == [picture.read_bytes() for picture in pictures]
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+def drawn(stem):
+    """Return a drawing's SVG and the texts in it."""
+    svg = stem.with_suffix(".svg").read_text("utf-8")
     texts = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
-    return svg.decode(), ["".join(text.itertext()).strip() for text in texts]
+    return svg, ["".join(text.itertext()).strip() for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -427,18 +403,18 @@ def drawn(stem, draw):
 )
 def test_figures(folder, figure, sources, words):
     source, *reference = [{"run": folder, "poster": POSTER}[name] for name in sources.split()]
-    draw = getattr(metrics, f"draw_{figure}")
-    svg, texts = drawn(folder / "a", lambda stem: draw(source, stem, *reference))
+    getattr(metrics, f"draw_{figure}")(source, folder / "a", *reference)
+    svg, texts = drawn(folder / "a")
     assert set(words) <= set(texts)
     assert ("learning rate drops" in texts) == (figure == "history" and source == folder)
-    # The poster's curves are the only black dashes, and one in the legend.
-    curves = re.findall(r"stroke-dasharray: [^\"]*stroke: #000000", svg)
-    assert len(curves) == (0 if not reference else 8 + 1 if figure == "roc" else 4 + 1)
+    # The poster's curves, all different, are the only black dashes, and one in the legend.
+    curves = re.findall(r'd="([^"]*)"[^>]*stroke-dasharray: [^"]*stroke: #000000', svg)
+    assert len({*curves}) == (0 if not reference else 8 + 1 if figure == "roc" else 4 + 1)
 
 
 def test_draw_search_highlights_the_lowest_loss_after_the_most_epochs(folder):
     metrics.draw_search(folder, folder / "a")
-    svg = (folder / "a.svg").read_text()
+    svg, _ = drawn(folder / "a")
     (path,) = re.findall(r'd="([^"]*)" clip-path=[^>]*stroke: #0072b2; stroke-width: 2[;"]', svg)
     assert path.count("L") == 1  # from 1 epoch to 3; trial 0 had a lower loss, but 1 epoch
 
@@ -446,10 +422,9 @@ def test_draw_search_highlights_the_lowest_loss_after_the_most_epochs(folder):
 @pytest.mark.parametrize("shape", [(8, 8), (8, 10, 1), (12, 8, 3)])
 def test_draw_samples(tmp_path, shape):
     pytest.importorskip("matplotlib")
-    images = np.random.RandomState(0).randint(256, size=(30, *shape), dtype=np.uint8)
-    arguments = images, np.arange(30) % 4, [*"abcd", "none"]
-    _, texts = drawn(tmp_path / "a", lambda stem: metrics.draw_samples(*arguments, stem))
-    assert texts == ["0: a", "1: b", "2: c", "3: d", "4: none"]
+    images = np.random.RandomState(0).randint(256, size=(40, *shape), dtype=np.uint8)
+    metrics.draw_samples(images, np.arange(40) % 4, [*"abcd", "none"], tmp_path / "a")
+    assert drawn(tmp_path / "a")[1] == ["0: a", "1: b", "2: c", "3: d", "4: none"]
 
 
 @pytest.mark.parametrize(
@@ -470,11 +445,13 @@ def test_a_figure_of_a_damaged_file(tmp_path, name, content, figure, words):
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_figures_neither_heed_nor_change_the_settings_of_matplotlib(folder):
+def test_figures_are_the_same_whatever_the_settings_of_matplotlib(folder):
     from matplotlib import rc_context, rcParams
 
     metrics.draw_class_ratios(folder, folder / "a")
     with rc_context({"axes.facecolor": "red", "font.size": 5}):
         metrics.draw_class_ratios(folder, folder / "b")
         assert (rcParams["axes.facecolor"], rcParams["font.size"]) == ("red", 5)
-    assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+    for kind in ("png", "svg"):
+        assert (folder / f"a.{kind}").read_bytes() == (folder / f"b.{kind}").read_bytes()
+    assert "dc:date" not in drawn(folder / "a")[0]
