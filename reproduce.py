@@ -53,7 +53,7 @@ try:
     import metrics
     import model
     from hyperband import Choice, IntUniform, LogUniform, Uniform
-    from metrics import METRIC_NAMES
+    from metrics import METRIC_NAMES, read_column
 except KeyboardInterrupt:  # importing PyTorch takes seconds
     print("reproduce.py: interrupted before it began", file=sys.stderr)
     raise SystemExit(130) from None
@@ -81,15 +81,6 @@ SPACE = {
     "factor": Uniform(0.1, 0.5),
 }
 TUNING_IMAGES = 10_000  # the poster's "subset of the whole dataset"
-
-
-def column(path: Path, name: str, kind: type = str) -> list[Any]:
-    """Read one column of a CSV file."""
-    header, rows = metrics.read_csv(path)
-    try:
-        return [kind(row[header.index(name)]) for row in rows]
-    except ValueError as error:
-        raise metrics.MetricsError(f"{path}: column {name}: {error}; restore the file") from None
 
 
 def comparable(about: dict[str, Any]) -> bool:
@@ -642,22 +633,18 @@ def test(run: Run) -> None:
 def derived(predictions: metrics.Predictions, about: dict[str, Any]) -> dict[str, tuple]:
     """Give {file name: (header, rows)} of all that follows from predictions.csv."""
     tables = metrics.tables(predictions, about["class_names"])
-    matrix = metrics.confusion(predictions.labels, predictions.predicted, len(about["class_names"]))
-    summary, intervals = metrics.summary_from_confusion(matrix), metrics.bootstrap_intervals(matrix)
-    header = ["metric", "value", "low_95", "high_95"]
-    rows = [[METRIC_NAMES[key], summary[key], *intervals[key]] for key in METRIC_NAMES]
     if comparable(about):
+        header, rows = tables["table.csv"]
         header += ["poster", "difference", "tolerance", "verdict"]
         _, areas = tables["roc/auc.csv"]
         rows += [[f"AUC of class {k}", *area] for k, _, *area, _, _ in areas]
         tolerances = [TOLERANCE[key] for key in METRIC_NAMES] + [TOLERANCE["auc"]] * len(areas)
-        poster = column(POSTER / "table.csv", "value", float)
-        poster += column(POSTER / "auc.csv", "auc", float)
+        poster = read_column(POSTER / "table.csv", "value") + read_column(POSTER / "auc.csv", "auc")
         for row, printed, tolerance in zip(rows, poster, tolerances, strict=True):
             difference = row[1] - printed
             verdict = "within" if abs(difference) <= tolerance else "outside"
             row += [printed, difference, tolerance, verdict]
-    return {**tables, "table.csv": (header, rows)}
+    return tables
 
 
 def seeds_table(run: Run) -> tuple[list[str], list[list[Any]]]:
@@ -768,21 +755,17 @@ def compare(run: Run) -> None:
             accuracy = f"accuracy {rows[-1][2]:.4f}"
             progress(done + size, f"{system}, {size:,} images: {accuracy}", step=True)
         done += size
-    run.finish("compare", float(sum(column(path, "train_seconds", float))))
+    run.finish("compare", sum(read_column(path, "train_seconds")))
 
 
 def growth(path: Path) -> list[list[str]]:
     """Fit p of cost = a * images ** p to compare.csv: a row a system, a column each of GROWING."""
-    header, cells = metrics.read_csv(path)
-    table = [dict(zip(header, row, strict=True)) for row in cells]
-    powers = []
-    for system in SYSTEMS:
-        rows = [row for row in table if row["system"] == system]
-        images = [math.log(float(row["training_images"])) for row in rows]
-        costs = [[math.log(float(row[name])) for row in rows] for name in GROWING]
-        if len(images) > 1:
-            slopes = (statistics.linear_regression(images, cost).slope for cost in costs)
-            powers.append([system, *(f"{slope:.2f}" for slope in slopes)])
+    images = np.log(read_column(path, "training_images"))
+    costs = np.log([read_column(path, name) for name in GROWING]).T  # (rows, GROWING)
+    powers, n = [], len(SYSTEMS)
+    for k, system in enumerate(SYSTEMS if len(images) > n else ()):
+        slopes, _ = np.polyfit(images[k::n], costs[k::n], 1)
+        powers.append([system, *(f"{slope:.2f}" for slope in slopes)])
     return powers
 
 
@@ -959,7 +942,7 @@ def audit_training(run: Run) -> Problems:
     """Replay the learning rates of history.csv; check the hyperparameters that have a name."""
     path, options = run.folder / "history.csv", run.record["train"]["options"]
     hyperparameters, name = model.Hyperparameters(**options["values"]), options["hyperparameters"]
-    rates = model.learning_rates(hyperparameters, column(path, "valid_loss", float))
+    rates = model.learning_rates(hyperparameters, read_column(path, "valid_loss"))
     rows = zip(range(hyperparameters.epochs), rates, metrics.read_csv(path)[1], strict=False)
     expected = [[epoch, rate, *row[2:]] for epoch, rate, row in rows]
     yield from differences(run.folder, "history.csv", model.EpochRecord._fields, expected)
@@ -983,7 +966,7 @@ def audit_network(run: Run) -> Problems:
     images, labels = run.part(run.split.valid)
     measured = model.evaluate(network, images, labels, device=run.options.device, precision="fp32")
     for name, value in zip(("valid_loss", "valid_accuracy"), measured, strict=True):
-        stored = column(run.folder / "history.csv", name, float)[-1]
+        stored = read_column(run.folder / "history.csv", name)[-1]
         if not abs(stored - value) <= VALIDATION_TOLERANCE[options["precision"]]:
             yield f"history.csv last row, column {name}: {stored}, recomputed {value}"
 
@@ -1034,17 +1017,17 @@ def audit_poster(run: Run) -> Problems:
     _, cells = metrics.read_csv(folder / "confusion.csv")
     matrix = np.array([list(map(int, row[1:])) for row in cells])
     values = metrics.summary_from_confusion(matrix).values()
-    printed = column(folder / "table.csv", "value", float)
+    printed = read_column(folder / "table.csv", "value")
     for name, value, stored in zip(METRIC_NAMES.values(), values, printed, strict=True):
         # The poster cuts its precision, 0.567883, instead of rounding it.
         if stored not in (round(value, 4), math.floor(value * 1e4) / 1e4):
             yield f"table.csv {name}: {stored}, the matrix gives {value:.6f}"
-    for k, ratio in enumerate(column(folder / "per_class.csv", "ratio", float)):
+    for k, ratio in enumerate(read_column(folder / "per_class.csv", "ratio")):
         if ratio != round(matrix[k].sum() / matrix.sum(), 2):
             yield f"per_class.csv class {k}: {ratio}, the matrix gives another ratio"
-    fpr = column(folder / "roc.csv", "fpr", float)
-    for k, stored in enumerate(column(folder / "auc.csv", "auc", float)):
-        area = np.trapezoid(column(folder / "roc.csv", f"tpr_{k}", float), fpr)
+    fpr = read_column(folder / "roc.csv", "fpr")
+    for k, stored in enumerate(read_column(folder / "auc.csv", "auc")):
+        area = np.trapezoid(read_column(folder / "roc.csv", f"tpr_{k}"), fpr)
         if not abs(area - stored) <= 1e-3:
             yield f"auc.csv class {k}: {stored}, the curve gives {area:.4f}"
 

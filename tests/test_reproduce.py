@@ -245,7 +245,7 @@ def test_several_seeds(tiny, tmp_path, capsys):
         record = json.loads((folder / f"seed-{seed}" / "run.json").read_text())
         assert record["train"]["options"]["seed"] == seed
         values.append(
-            [float(v) for v in reproduce.column(folder / f"seed-{seed}/table.csv", "value")]
+            [float(v) for v in metrics.read_column(folder / f"seed-{seed}/table.csv", "value")]
         )
     header, rows = metrics.read_csv(folder / "seeds.csv")
     assert header == ["metric", "runs", "mean", "std", "min", "max"]
@@ -303,10 +303,14 @@ def test_compare_resumes_from_its_rows(tiny, tmp_path, capsys):
 
 
 def test_growth_is_the_exponent(tmp_path):
-    header = [*reproduce.COMPARE_HEADER]
-    rows = [["KNN", n, 1, 1, 1, 1, 3 * n**1.5, 0.2, n, ""] for n in (100, 200, 1000)]
+    header, sizes = [*reproduce.COMPARE_HEADER], (100, 200, 1000)
+    systems = [(n, system) for n in sizes for system in reproduce.SYSTEMS]
+    rows = [[system, n, 1, 1, 1, 1, 3 * n**1.5, 0.2, n, ""] for n, system in systems]
     (tmp_path / "compare.csv").write_text(metrics.csv_text(header, rows))
-    assert reproduce.growth(tmp_path / "compare.csv") == [["KNN", "1.50", "0.00", "1.00"]]
+    powers = reproduce.growth(tmp_path / "compare.csv")
+    assert powers[0] == ["KNN", "1.50", "0.00", "1.00"] and len(powers) == 5
+    (tmp_path / "compare.csv").write_text(metrics.csv_text(header, rows[:5]))
+    assert reproduce.growth(tmp_path / "compare.csv") == []  # one size shows none
 
 
 def test_the_digits_stand_in_where_there_is_no_network(tmp_path, monkeypatch, capsys):
