@@ -11,10 +11,10 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from timeit import timeit
 
 import joblib
 import numpy as np
@@ -30,14 +30,7 @@ import model
 import reproduce
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def timed(call):
-    started = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+timed = partial(timeit, number=1)
 
 
 def pair(options, *calls):
@@ -45,23 +38,23 @@ def pair(options, *calls):
     return np.array([[timed(call) for call in calls] for _ in range(options.pairs)]).T
 
 
-def row(what, ours, theirs, *, inverse=False):
-    """Return a row's cells, of seconds (pairs,); the ratio is theirs / ours, or ours / theirs."""
+def print_row(what, ours, theirs, inverse=False):
+    """Print a row, of seconds (pairs,); the ratio is theirs / ours, or ours / theirs."""
     ratios = ours / theirs if inverse else theirs / ours
     ratio = f"{np.median(ratios):.4g} ({ratios.min():.4g} to {ratios.max():.4g})"
-    return what, f"{np.median(ours):.4g}", f"{np.median(theirs):.4g}", ratio
+    print(f"| {what} | {np.median(ours):.4g} | {np.median(theirs):.4g} | {ratio} |", flush=True)
 
 
 def random_images(n, size=28):
+    # Noise of 43 greys compresses to two thirds, as TissueMNIST does.
     return np.random.RandomState(0).randint(0, 43, (n, size, size), np.uint8), np.arange(n) % 8
 
 
 def save_random(path, n, size=28):
-    # MedMNIST's layout; noise of 43 greys compresses to two thirds, as TissueMNIST does.
-    images, labels = random_images(n, size)
-    arrays, parts = {}, np.split(np.arange(n), [n * 7 // 10, n * 8 // 10])
-    for name, index in zip(("train", "val", "test"), parts, strict=True):
-        arrays |= {f"{name}_images": images[index], f"{name}_labels": labels[index, None]}
+    arrays = {}
+    for kind, values in zip(("images", "labels"), random_images(n, size), strict=True):
+        parts = np.split(values, [n * 7 // 10, n * 8 // 10])
+        arrays |= {f"{part}_{kind}": a for part, a in zip(data.PARTS, parts, strict=True)}
     np.savez_compressed(path, **arrays)
 
 
@@ -84,10 +77,9 @@ def textbook(device, precision):
     return list(zip(images, labels.tolist(), strict=True)), network, optimizer, autocast, scaler
 
 
-def textbook_epoch(options, num_train, num_valid):
+def textbook_epoch(device, precision, num_train, num_valid):
     """Train, and then return the logits of validation images, a tensor a batch."""
-    device = options.device
-    pairs, network, optimizer, autocast, scaler = textbook(device, options.precision)
+    pairs, network, optimizer, autocast, scaler = textbook(device, precision)
     network.train()
     for x, y in DataLoader(pairs[:num_train], batch_size=128, shuffle=num_train > 0):
         optimizer.zero_grad()
@@ -116,20 +108,22 @@ def convolutions(options, steps):
         for layer, x, inputs in layers * steps:
             y = layer(x)
             torch.autograd.grad(y, inputs, y)
+        y.sum().item()  # waits for a GPU
 
     return run
 
 
 def train(options, compile, num_train, num_valid, *others):
     """Time our epochs, after each the textbook's, and the others: seconds (2 + others, pairs)."""
-    times, theirs = [], elsewhere(textbook_epoch, options, num_train, num_valid)
+    times, where = [], (options.device, options.precision)
+    others = elsewhere(textbook_epoch, *where, num_train, num_valid), *others
     model.fit(
         model.build({}),
         *(*random_images(num_train), *random_images(num_valid)),
         model.Hyperparameters(epochs=options.pairs + 1),
         precision=options.precision,
         compile=compile,
-        on_epoch=lambda epoch: times.append([epoch.seconds, *map(timed, (theirs, *others))]),
+        on_epoch=lambda epoch: times.append([epoch.seconds, *map(timed, others)]),
     )
     return np.array(times[1:]).T  # in the first all warm up
 
@@ -138,52 +132,52 @@ def step(options):
     steps = 390 if options.device.type == "cuda" else 100  # an epoch; a validation comes on top
     what, alone = "training step of 128 images, ", convolutions(options, steps)
     times = train(options, "on", 128 * steps, 2, alone) / steps
-    yield row(what + "compiled: textbook / ours", *times[:2])
-    yield row(what + "compiled: ours / convolutions", *times[::2], inverse=True)
+    print_row(what + "compiled: textbook / ours", *times[:2])
+    print_row(what + "compiled: ours / convolutions", *times[::2], inverse=True)
     times = train(options, "off", 128 * steps, 2) / steps
-    yield row(what + "uncompiled: textbook / ours", *times)
+    print_row(what + "uncompiled: textbook / ours", *times)
 
 
 def epoch(options):
-    times = train(options, "on", 20_000, 5_000)
-    yield row("epoch of 20,000 + 5,000, compiled: textbook / ours", *times)
+    what = "epoch of 20,000 + 5,000, compiled: textbook / ours"
+    print_row(what, *train(options, "on", 20_000, 5_000))
 
 
 def predict(options):
     network, (x, _) = model.build({}), random_images(50_000)
-    theirs = elsewhere(textbook_epoch, options, 0, len(x))
+    theirs = elsewhere(textbook_epoch, options.device, options.precision, 0, len(x))
     torch.testing.assert_close(model.predict(network, x), torch.cat(theirs()), rtol=1e-3, atol=1e-4)
     times = pair(options, lambda: model.predict(network, x), theirs)
-    yield row("prediction of 50,000 images in fp32: textbook / ours", *times)
+    print_row("prediction of 50,000 images in fp32: textbook / ours", *times)
 
 
 def search(options):
     cores = joblib.cpu_count()  # of a container's, those it may use
     with tempfile.TemporaryDirectory() as folder:
         save_random(Path(folder, "random.npz"), 300, size=16)
-        command = [sys.executable, reproduce.__file__, "--stage", "tune", "--overwrite", "--device"]
-        command += ["cpu", "--data", "random.npz", "--results", "run", "--workers"]
+        words = "--stage tune --overwrite --device cpu --data random.npz --results run --workers"
+        command = [sys.executable, reproduce.__file__, *words.split()]
         tune = partial(subprocess.run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         calls = [partial(tune, command + w) for w in ([str(cores)], ["1"], ["1", "--retrain"])]
         ours, one, again = pair(options, *calls)
     what = "the poster's search on 300 images of 16x16: "
-    yield row(f"{what}one worker / {cores}", ours, one)
-    yield row(what + "retraining (162 epochs) / continuing (117)", one, again)
+    print_row(f"{what}one worker / {cores}", ours, one)
+    print_row(what + "retraining (162 epochs) / continuing (117)", one, again)
 
 
 def test(options):
     rng, labels = np.random.RandomState(0), np.arange(50_000) % 8
     logits = (rng.randn(50_000, 8) + np.eye(8)[labels]).astype(np.float32)
-    predicted, matrix = logits.argmax(1), metrics.confusion(labels, logits.argmax(1), 8)
+    predicted = logits.argmax(1)
     predictions = metrics.Predictions(np.arange(50_000), labels, predicted, logits)
+    matrix = metrics.confusion(labels, predicted, 8)
     about = {"md5": "", "split": "poster", "class_names": [*"01234567"], "test_counts": [6250] * 8}
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "roc").mkdir()
             Path(folder, "predictions.csv").write_text(metrics.predictions_text(predictions))
             for name, table in reproduce.derived(predictions, about).items():
-                Path(folder, name).write_text(metrics.csv_text(*table))
+                Path(folder, Path(name).name).write_text(metrics.csv_text(*table))
 
     def theirs():
         sklearn.metrics.classification_report(labels, predicted)
@@ -197,9 +191,18 @@ def test(options):
             metrics.summary(labels[chosen], predicted[chosen], 8)
 
     what = "figures, intervals and files of 50,000 predictions: ours / scikit-learn's figures alone"
-    yield row(what, *pair(options, ours, theirs), inverse=True)
+    print_row(what, *pair(options, ours, theirs), inverse=True)
     drawn, loop = pair(options, lambda: metrics.bootstrap_intervals(matrix), resample)
-    yield row("10,000 bootstrap replicates: resampling in a loop / ours", drawn, loop * 10_000 / 20)
+    print_row("10,000 bootstrap replicates: resampling in a loop / ours", drawn, loop * 10_000 / 20)
+
+
+def peak_memory(path):
+    # Linux; getrusage's peak has the parent process's in it.
+    status = Path("/proc/self/status")
+    before, images = status.read_text(), data.load(path)
+    data.split(images, "poster", 0)
+    low, high = (int(text.split("VmHWM:")[1].split()[0]) for text in (before, status.read_text()))
+    return (high - low) * 1024 / images.images.nbytes
 
 
 def load(options):
@@ -209,31 +212,21 @@ def load(options):
         times = pair(options, lambda: data.load(path), lambda: dict(np.load(path)))
         peak = elsewhere(peak_memory, path)()
     what = f"loading an npz like TissueMNIST's, at most {peak:.3g} times the images: ours / np.load"
-    yield row(what, *times, inverse=True)
-
-
-def peak_memory(path):
-    status = Path("/proc/self/status")  # Linux; getrusage's peak has the parent process's in it
-    before, images = status.read_text(), data.load(path)
-    data.split(images, "poster", 0)
-    sizes = before.split("VmRSS:")[1], status.read_text().split("VmHWM:")[1]
-    low, high = (1024 * int(size.split()[0]) for size in sizes)
-    return (high - low) / images.images.nbytes
+    print_row(what, *times, inverse=True)
 
 
 def gpu(options):
     if options.device.type == "cuda":  # two CPU cores take an hour
         images = *random_images(120_000), *random_images(30_000)
         took = timed(lambda: model.fit(model.build({}), *images, precision=options.precision))
-        yield "the poster's 100 epochs of 120,000 + 30,000", f"{took:.4g}", "", ""
+        print(f"| the poster's 100 epochs of 120,000 + 30,000 | {took:.4g} |  |  |")
 
 
 def main():
     rows = {"step": step, "epoch": epoch, "predict": predict, "search": search, "metrics": test}
     rows |= {"data": load, "gpu": gpu}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = ["all", *rows]
-    parser.add_argument("rows", nargs="*", choices=names, default="all", help=", ".join(names))
+    parser.add_argument("rows", nargs="*", choices=rows, metavar="ROW", help=", ".join(rows))
     parser.add_argument("--precision", choices=model.PRECISIONS, default="auto")
     parser.add_argument("--pairs", type=int, default=5, help="default: 5", metavar="N")
     options = parser.parse_args()
@@ -243,9 +236,8 @@ def main():
     print(f"Measured in {options.precision} on {joblib.cpu_count()} CPU cores; {', '.join(where)}.")
     print("\n| what | ours, s | theirs, s | ratio (median, lowest to highest) |")
     print("| --- | ---: | ---: | ---: |", flush=True)
-    for name in rows if "all" in options.rows else options.rows:
-        for cells in rows[name](options):
-            print(f"| {' | '.join(cells)} |", flush=True)
+    for name in options.rows or rows:
+        rows[name](options)
 
 
 if __name__ == "__main__":

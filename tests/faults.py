@@ -6,15 +6,14 @@ Kills: each round runs ``reproduce.py --stage all`` on tiny images, kills it wit
 random time or right before or after a random file is moved into place, and gives the command again
 until it ends. The folder must then hold what a run without kills leaves, wall times aside.
 
-Damage: a file of a finished folder, of one that a kill interrupted, or the data file is changed at
-a random place. A command must then end with status 2 and one line, or with the results of the
+Damage: a file of a finished folder, of one that was interrupted, or the data file is changed at a
+random place. A command must then end with status 2 and one line, or with the results of the
 undamaged folder; and verify must name a changed file of a finished folder. Not on Windows.
 """
 
 import argparse
-import contextlib
 import io
-import json
+import multiprocessing
 import os
 import random
 import re
@@ -22,27 +21,28 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import model
 import reproduce
 
-CHAIN = ["--epochs", "6", "--schedule", "hyperband", "--max-resource", "3", "--workers", "1"]
-CHAIN += ["--precision", "fp32"]
+CHAIN = ["--data", "tiny.npz", "--epochs", "6", "--schedule", "hyperband", "--max-resource", "3"]
+CHAIN += ["--workers", "1", "--precision", "fp32", "--results"]
+VERIFY = ["--stage", "verify", "--results"]
 
 
-def write_tiny(path: Path, size: int = 8, parts: tuple[int, ...] = (48, 16, 24)) -> None:
+def write_tiny(path: Path, size: int = 8) -> None:
     """Write an npz in MedMNIST's layout whose three classes differ in where a bar stands."""
     rng = np.random.RandomState(0)
     arrays = {}
-    for name, n in zip(("train", "val", "test"), parts, strict=True):
+    for name, n in {"train": 48, "val": 16, "test": 24}.items():
         labels = np.arange(n) % 3
         images = rng.randint(0, 80, (n, size, size)).astype(np.uint8)
         images[np.arange(n), 2 + 2 * labels] += 120
@@ -52,183 +52,131 @@ def write_tiny(path: Path, size: int = 8, parts: tuple[int, ...] = (48, 16, 24))
 
 def contents(folder: Path) -> dict[str, str]:
     """Read every file of a results folder, without seconds and what follows from them."""
+    varies = {"history.csv": ",[^,\n]*$", "report.md": r"\| (seconds|git_commit) .*|[- ]+"}
+    varies |= dict.fromkeys(("run.json", "tuning.jsonl"), '"(seconds|git_commit)": [^,}]+')
     read = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        text = path.read_bytes().decode("latin-1")
-        if path.name == "history.csv":
-            text = re.sub(r",[^,]*$", "", text, flags=re.MULTILINE)
-        elif path.name in ("run.json", "tuning.jsonl"):
-            text = re.sub(r'"(seconds|git_commit)": [^,}]+', "", text)
-        elif path.name == "report.md":
-            text = re.sub(r"\| (seconds|git_commit) .*|[- ]+", "", text)
-        if path.name != "SHA256SUMS":
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "SHA256SUMS":
+            text = path.read_bytes().decode("latin-1")
+            if path.name in varies:
+                text = re.sub(varies[path.name], "", text, flags=re.MULTILINE)
             read[path.relative_to(folder).as_posix()] = text
     return read
 
 
 def command(words: list[str]) -> tuple[int | str, str, str]:
     """Run a command line here; return its status (or its exception), stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         try:
             status = reproduce.main(words)
         except Exception as error:
-            status = f"{type(error).__name__}: {error}"
-    lines = [line for line in err.getvalue().splitlines() if not line.startswith("NOTE: ")]
-    return status, out.getvalue(), "\n".join(lines)
+            status = repr(error)
+    return status, out.getvalue(), err.getvalue()
 
 
-# --------------------------------------------------------------------------------------- kills
+def differing(folder: str, expected: dict[str, str]) -> set[str]:
+    """Name the files of a folder whose contents are not as expected."""
+    found = contents(Path(folder))
+    return {name for name in expected | found if expected.get(name) != found.get(name)}
 
 
-def killed(words: list[str], after: float, at: tuple[int, bool] | None) -> tuple[int | None, int]:
-    """Fork and run a command, to be killed after some seconds, or at its n-th move of a file.
+def forked(words: list[str], after: float | None = None) -> int:
+    """Run a command in a child process; return its exit code, -SIGKILL where it was killed.
 
-    Return its status, None where it was killed, and how many files it has moved into place.
+    Given `after`, that is after so many seconds or, by chance, at the move of a file into place.
     """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        move, moves = os.replace, [0]
+    move = os.replace
 
-        def counted(*arguments, **options):
-            os.write(writing, b".")
-            moves[0] += 1
-            if at == (moves[0], False):
-                os.kill(os.getpid(), signal.SIGKILL)
-            move(*arguments, **options)
-            if at == (moves[0], True):
-                os.kill(os.getpid(), signal.SIGKILL)
+    def risky(*paths):
+        lot = random.random()  # seeded anew in each child
+        if lot < 0.02:
+            signal.raise_signal(signal.SIGKILL)
+        move(*paths)
+        if lot > 0.98:
+            signal.raise_signal(signal.SIGKILL)
 
-        os.replace = counted  # Path.replace calls it too
-        os._exit(status if isinstance(status := command(words)[0], int) else 99)
-    os.close(writing)
+    def run():
+        os.replace = risky if after else move  # Path.replace calls it too
+        sys.exit(command(words)[0])
 
-    def kill():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-
-    timer = threading.Timer(after, kill)
-    timer.start()
-    with os.fdopen(reading, "rb") as pipe:
-        moves = len(pipe.read())  # until the child's end
-    timer.cancel()
-    _, status = os.waitpid(child, 0)
-    return (None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), moves
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(after)
+    child.kill()
+    child.join()
+    return child.exitcode
 
 
-def check_kills(kills: int, rng: random.Random, scratch: Path) -> int:
+def check_kills(kills: int, rng: random.Random) -> int:
     """Kill at least so many runs; return how many rounds ended with a difference."""
-    words = ["--data", str(scratch / "tiny.npz"), *CHAIN, "--results"]
     started = time.monotonic()
-    status, moves = killed([*words, str(scratch / "whole")], 1e6, None)
-    expected, takes = contents(scratch / "whole"), time.monotonic() - started
+    forked([*CHAIN, "whole"])
+    expected, takes = contents(Path("whole")), time.monotonic() - started
     done = rounds = different = 0
     while done < kills:
         rounds += 1
-        folder, status = scratch / f"round-{rounds}", None
-        while status is None:
-            at = (rng.randint(1, moves), rng.random() < 0.5) if rng.random() < 0.5 else None
-            after = 1e6 if at else rng.uniform(0, takes)
-            status, _ = killed([*words, str(folder)], after, at)
-            done += status is None
-        found = contents(folder) if status == 0 else {}
-        # Forked too: PyTorch's threads, once started here, would hang the next child.
-        status, _ = killed(["--stage", "verify", "--results", str(folder)], 1e6, None)
-        if found != expected or status != 0:
+        while (status := forked([*CHAIN, "killed"], rng.uniform(0, 2 * takes))) == -signal.SIGKILL:
+            done += 1
+        names = differing("killed", expected)
+        if status != 0 or names:  # the chain's own audit included
             different += 1
-            names = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-            print(f"round {rounds}: verify says {status}, different: {sorted(names)}")
-        shutil.rmtree(folder)
+            print(f"round {rounds}: status {status}, different: {sorted(names)}")
+        shutil.rmtree("killed")
     print(f"{done} kills, {rounds} rounds, {different} with a difference")
     return different
 
 
-# -------------------------------------------------------------------------------------- damage
-
-
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Change some bytes, cut the end off, or leave nothing."""
-    broken, place, kind = bytearray(content), rng.randrange(len(content)), rng.random()
-    if kind < 0.5:
-        broken[place] ^= 1 << rng.randrange(8)
-    elif kind < 0.7:
-        broken[place] = ord(rng.choice('0123456789-.,e\n"{}[]x\0\xff'))
-    elif kind < 0.9:
-        del broken[place:]
-    else:
-        broken[place : place + 64] = rng.randbytes(len(broken[place : place + 64]))
-    return bytes(broken) if broken != content else b""
+    """Flip a bit, write another character or 64 bytes of noise, or cut the end off, or all."""
+    place, kind = rng.randrange(len(content)), rng.random()
+    if kind < 0.2:
+        return content[: rng.choice([0, place])]
+    old = content[place]
+    flipped = old ^ 1 << rng.randrange(8)
+    typed = rng.choice([c for c in b'0123456789-.,e\n"{}[]x\0\xff' if c != old])
+    new = rng.randbytes(64) if kind < 0.3 else bytes([flipped if kind < 0.8 else typed])
+    return content[:place] + new + content[place + len(new) :]
 
 
-def interrupt(folder: Path, stage: str, words: list[str]) -> None:
-    """Make of a finished folder one whose command was interrupted in a stage."""
-    record = json.loads((folder / "run.json").read_text())
-    for later in ("test", "train", "tune")[: 3 - ("tune", "train", "test").index(stage)]:
-        record[later]["seconds"] = None
-    (folder / "run.json").write_text(json.dumps(record, indent=1))
-    (folder / "SHA256SUMS").unlink()
-    if stage == "train":  # after one epoch
-        save, saved = model._save, []
-
-        def once(content, path):
-            if saved:
-                raise KeyboardInterrupt
-            saved.append(path)
-            save(content, path)
-
-        model._save = once
-        assert command([*words, str(folder)])[0] == 130
-        model._save = save
-
-
-def alike(found: dict[str, str], expected: dict[str, str], name: str) -> bool:
-    """Compare folders, but for the damaged file: zip archives have bytes that say nothing.
-
-    Of a run.json without a checksum, the report repeats what it says of the environment.
-    """
-    aside = {name, "report.md"} if name == "run.json" else {name}
-    return all(found.get(n) == text for n, text in expected.items() if n not in aside)
-
-
-def check_damage(files: int, rng: random.Random, scratch: Path) -> int:
+def check_damage(files: int, rng: random.Random) -> int:
     """Damage so many files; return how many were wrongly taken."""
-    words = ["--data", str(scratch / "tiny.npz"), *CHAIN, "--results"]
-    assert command([*words, str(scratch / "sealed")])[0] == 0
-    expected = contents(scratch / "sealed")
+    assert command([*CHAIN, "sealed"])[0] == 0
+    expected = contents(Path("sealed"))
     for stage in ("train", "test"):
-        shutil.copytree(scratch / "sealed", scratch / stage)
-        interrupt(scratch / stage, stage, words)
-    sealed = [("sealed", name) for name in reproduce.files_in(scratch / "sealed")]
-    sealed = [pair for pair in sealed if "figures" not in pair[1]]
+
+        def interrupt(progress, done, *_, stage=stage, **__):  # after one epoch, or the test's end
+            if progress.label == stage and done > 1:
+                raise KeyboardInterrupt
+
+        with mock.patch.object(reproduce.Progress, "__call__", interrupt):
+            assert command([*CHAIN, stage])[0] == 130
     # Of a log that no checksum vouches for yet, a changed loss can't be told from a measured one.
     unsealed = [("train", "training.pt"), ("train", "run.json"), ("test", "model.pt")]
-    targets = [*sealed, *unsealed * 3, *[("sealed", "tiny.npz")] * 3]
-    counts, wrong, folder = Counter(), 0, scratch / "damaged"
+    targets = [("sealed", name) for name in reproduce.files_in(Path("sealed"))]
+    targets += 3 * [*unsealed, ("test", "tiny.npz")]
+    counts, wrong = Counter(), 0
     for number in range(files):
         base, name = targets[number % len(targets)]
-        shutil.copytree(scratch / base, folder)
-        path = folder / name if name != "tiny.npz" else scratch / "copy.npz"
-        whole = (scratch / name if name == "tiny.npz" else path).read_bytes()
+        shutil.copytree(base, "damaged")
+        path = Path(name) if name == "tiny.npz" else Path("damaged", name)
+        # Of a run.json without a checksum, the report repeats what it says of the environment.
+        aside = {name, "report.md"} if name == "run.json" else {name}
+        whole = path.read_bytes()
         path.write_bytes(damaged(whole, rng))
-        tried = [*words, str(folder)]
-        if name == "tiny.npz":
-            tried = ["--stage", "test", "--data", str(path), "--results", str(folder)]
-        results = [command(tried)]
-        if base == "sealed" and name != "tiny.npz":
-            results.append(command(["--stage", "verify", "--results", str(folder)]))
-        for (status, out, error), last in zip(results, (False, True), strict=False):
-            if status == 2 and "\n" not in error and error.startswith("reproduce.py: error: "):
+        for words in (CHAIN, VERIFY) if base == "sealed" else (CHAIN,):
+            status, out, error = command([*words, "damaged"])
+            if status == 2 and re.fullmatch("(NOTE: .*\n)*reproduce.py: error: .*\n", error):
                 outcome = "refused"
-            elif status == 1 and re.search(rf"WRONG .*{Path(name).name}", out):
+            elif status == 1 and re.search(rf"WRONG .*{path.name}", out):
                 outcome = "found by verify"
-            elif status == 0 and not last and alike(contents(folder), expected, name):
+            elif status == 0 and words == CHAIN and differing("damaged", expected) <= aside:
                 outcome = "no change"
             else:
                 outcome, wrong = "WRONG", wrong + 1
                 print(f"file {number}, {base} {name}: status {status}, {error[-300:]!r}")
             counts[name, outcome] += 1
-        shutil.rmtree(folder)
+        path.write_bytes(whole)  # for the data file's sake
+        shutil.rmtree("damaged")
     for (name, outcome), count in sorted(counts.items()):
         print(f"{name:<16} {outcome:<16} {count}")
     print(f"{files} damaged files, {wrong} wrongly taken")
@@ -241,12 +189,9 @@ if __name__ == "__main__":
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # Figures take longer than all the rest of a round.
-    find = reproduce.importlib.util.find_spec
-    reproduce.importlib.util.find_spec = lambda name: None if name == "matplotlib" else find(name)
-    with tempfile.TemporaryDirectory() as place:
-        write_tiny(Path(place, "tiny.npz"))
+    sys.modules["matplotlib"] = None  # figures take longer than all the rest of a round
+    with tempfile.TemporaryDirectory() as place, chdir(place):
+        write_tiny(Path("tiny.npz"))
         chance = random.Random(options.seed)
-        faults = check_kills(options.kills, chance, Path(place)) if options.kills else 0
-        faults += check_damage(options.files, chance, Path(place)) if options.files else 0
+        faults = check_kills(options.kills, chance) + check_damage(options.files, chance)
     sys.exit(faults > 0)
