@@ -51,10 +51,10 @@ def random_images(n, size=28):
 
 
 def save_random(path, n, size=28):
-    arrays = {}
-    for kind, values in zip(("images", "labels"), random_images(n, size), strict=True):
-        parts = np.split(values, [n * 7 // 10, n * 8 // 10])
-        arrays |= {f"{part}_{kind}": a for part, a in zip(data.PARTS, parts, strict=True)}
+    images, labels = random_images(n, size)
+    arrays, parts = {}, np.split(np.arange(n), [n * 7 // 10, n * 8 // 10])
+    for name, index in zip(data.PARTS, parts, strict=True):
+        arrays |= {f"{name}_images": images[index], f"{name}_labels": labels[index]}
     np.savez_compressed(path, **arrays)
 
 
@@ -115,15 +115,15 @@ def convolutions(options, steps):
 
 def train(options, compile, num_train, num_valid, *others):
     """Time our epochs, after each the textbook's, and the others: seconds (2 + others, pairs)."""
-    times, where = [], (options.device, options.precision)
-    others = elsewhere(textbook_epoch, *where, num_train, num_valid), *others
+    theirs = elsewhere(textbook_epoch, options.device, options.precision, num_train, num_valid)
+    times = []
     model.fit(
         model.build({}),
         *(*random_images(num_train), *random_images(num_valid)),
         model.Hyperparameters(epochs=options.pairs + 1),
         precision=options.precision,
         compile=compile,
-        on_epoch=lambda epoch: times.append([epoch.seconds, *map(timed, others)]),
+        on_epoch=lambda epoch: times.append([epoch.seconds, *map(timed, (theirs, *others))]),
     )
     return np.array(times[1:]).T  # in the first all warm up
 
@@ -197,8 +197,7 @@ def test(options):
 
 
 def peak_memory(path):
-    # Linux; getrusage's peak has the parent process's in it.
-    status = Path("/proc/self/status")
+    status = Path("/proc/self/status")  # Linux; getrusage's peak has the parent process's in it
     before, images = status.read_text(), data.load(path)
     data.split(images, "poster", 0)
     low, high = (int(text.split("VmHWM:")[1].split()[0]) for text in (before, status.read_text()))

@@ -89,10 +89,10 @@ def forked(words: list[str], after: float | None = None) -> int:
 
     def risky(*paths):
         lot = random.random()  # seeded anew in each child
-        if lot < 0.02:
+        if lot < 0.01:
             signal.raise_signal(signal.SIGKILL)
         move(*paths)
-        if lot > 0.98:
+        if lot > 0.99:
             signal.raise_signal(signal.SIGKILL)
 
     def run():
