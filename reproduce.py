@@ -277,10 +277,12 @@ class Run:
         A file that this command has not written keeps its line: what was changed by hand, or is
         missing, is never sealed as the run's own.
         """
+        remains = [*self.folder.glob("*.tmp")]  # of a kill
         # By these an interrupted stage goes on; done, it needs them no more.
-        for stage, name in (("tune", "trials"), ("train", "training.pt")):
-            for path in self.folder.glob(f"{name}*") if stage in self.done else ():
-                remove(path)
+        remains += [self.folder / "trials"] * ("tune" in self.done)
+        remains += [self.folder / "training.pt"] * ("train" in self.done)
+        for path in remains:
+            remove(path)
         new = {n: sha256(self.folder / n) for n in files_in(self.folder) if n not in self.sums}
         lines = (f"{digest}  {name}\n" for name, digest in sorted((self.sums | new).items()))
         metrics.write(self.folder / "SHA256SUMS", "".join(lines))
