@@ -1,20 +1,17 @@
 """The poster's CNN, NephNet2D, and the mixed-precision loop that trains and applies them.
 
 ``python model.py`` prints the layers; ``python model.py apply MODEL.pt IMAGES.npz OUT.csv`` applies
-a saved network to images. In code::
+a saved network to images. In code, with PyTorch 2.11 or newer::
 
     network = PosterCNN(num_classes=8)
     history = fit(network, train_images, train_labels, valid_images, valid_labels, POSTER)
     logits = predict(network, test_images)  # (N, 8) float32
 
-Needs PyTorch 2.11 or newer (``torch.cpu.get_capabilities``). What a training attains, and how long
-it takes, the README says.
-
-Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`; images are arrays,
-uint8, (N, H, W), or (N, H, W, C) with the network's C channels; labels are N integers from 0 to
-num_classes - 1; `device` and `precision` are strings, as for `resolve_device` and
-`resolve_precision`. What does not fit or is out of its range raises a ModelError of one line.
-PyTorch's global random state plays no part, and is left as it was.
+Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`; images are uint8,
+(N, H, W) for a network of one channel, else (N, H, W, C); labels are N integers from 0 to
+num_classes - 1; `device` and `precision` are as for `resolve_device` and `resolve_precision`. What
+does not fit or is out of its range raises a ModelError of one line. PyTorch's global random state
+plays no part, and that of the CPU and of `device` is left as it was.
 
 Sources: W. Deng and K. Zhu, "Medical Image Classification Model Based on CNN" (poster, BUPT, 2022)
 and the settings in their public repository dw-dengwei/PML_coursework; NephNet2D: A. Woloshuk et
@@ -28,7 +25,6 @@ import contextlib
 import copy
 import hashlib
 import io
-import math
 import os
 import secrets
 import sys
@@ -180,18 +176,14 @@ NETWORKS = {"PosterCNN": PosterCNN, "NephNet2D": NephNet2D}
 def build(config: dict[str, Any], seed: int = 0) -> PosterCNN:
     """Build the network that `config` (a network's ``.config``) tells of, initialised by `seed`."""
     arguments = {"network": "PosterCNN", **config}
-    try:
-        with _seeded(seed, torch.device("cpu")):
-            return NETWORKS[arguments.pop("network")](**arguments)
-    except RuntimeError as error:  # PyTorch's, where memory does not suffice
-        raise ModelError(f"no such network can be built: {_first_line(error)}") from None
+    with _refusing("no such network can be built"), _seeded(seed, torch.device("cpu")):
+        return NETWORKS[arguments.pop("network")](**arguments)
 
 
 @torch.inference_mode()
 def layer_table(network) -> list[tuple[str, tuple[int, ...], int, int]]:
     """List (layer, output shape without the batch, parameters, multiply-accumulates an image)."""
-    rows = []
-    size, copied = network.config["image_size"], copy.deepcopy(network).cpu().eval()
+    size, rows, copied = network.config["image_size"], [], copy.deepcopy(network).cpu().eval()
     outputs = torch.zeros(1, network.config["in_channels"], size, size)
     for layer in [*copied.features, *copied.classifier]:
         outputs = layer(outputs)  # (1, C, H, W), then (1, features)
@@ -209,11 +201,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """Return the device meant; ``auto`` is the first CUDA GPU where there is one, else the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with _refusing(f"no device {str(device)!r} here"):
         device = torch.device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"no device {str(device)!r} here: {_first_line(error)}") from None
     return device
 
 
@@ -236,11 +226,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Compute in `precision`, whatever autocast the caller may be in."""
-    enabled = precision != "fp32"
-    # Without the cache of cast weights: inside a caller's autocast it would outlive a step, and no
-    # weight is used twice in one.
-    return torch.autocast(device.type, _DTYPES[precision], enabled, cache_enabled=False)
+    # Without the cache of cast weights: inside a caller's autocast it would outlive a step.
+    return torch.autocast(device.type, _DTYPES[precision], precision != "fp32", cache_enabled=False)
 
 
 # Held while PyTorch's global random state is borrowed: threads would draw from each other's.
@@ -249,13 +236,9 @@ _RANDOM = threading.RLock()
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch, and put its global random state back afterwards."""
-    is_cuda = device.type == "cuda"
-    with _RANDOM, torch.random.fork_rng(devices=[device] if is_cuda else []):
-        torch.default_generator.manual_seed(seed)  # the CPU's; torch.manual_seed is every GPU's too
-        if is_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    """Seed PyTorch, and put the random state of the CPU and of `device` back afterwards."""
+    with _RANDOM, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield
 
 
@@ -285,22 +268,18 @@ def environment(device="auto") -> dict[str, Any]:
 
 def _to_device(config, device, images, labels=None) -> tuple[Tensor, Tensor | None]:
     """Check that images and labels fit the network, and put them on the device, still uint8."""
-    # PyTorch shares the memory of writable arrays alone; those of another process may not be.
-    images = np.require(images, requirements=["C", "W"])
     size, channels, classes = config["image_size"], config["in_channels"], config["num_classes"]
-    if images.shape[3:] == (1,):
-        images = images[..., 0]
     shape = (size, size) if channels == 1 else (size, size, channels)
-    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
-        given = f"{images.dtype} of {images.shape}"
+    images = torch.as_tensor(images, device=device).contiguous()
+    if images.dtype != torch.uint8 or images.shape[1:] != shape or len(images) == 0:
+        given = f"{images.dtype} of {tuple(images.shape)}"
         raise ModelError(f"images must be uint8, one or more of {shape}, not {given}")
-    images = torch.as_tensor(images).to(device)
     if labels is None:
         return images, None
-    labels = np.asarray(labels)
-    if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= classes:
+    labels = torch.as_tensor(labels, device=device).long()
+    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() >= classes:
         raise ModelError(f"labels must be {len(images)} integers from 0 to {classes - 1}")
-    return images, torch.as_tensor(labels.astype(np.int64)).to(device)
+    return images, labels
 
 
 def _as_input(images: Tensor) -> Tensor:  # (B, H, W) or (B, H, W, C) uint8
@@ -368,10 +347,9 @@ def fit(
     for name in ("num_features", "dropout"):
         if config[name] != (wanted := getattr(h, name)):
             raise ModelError(f"{name} is {config[name]} in the network, {wanted} for training")
-    # (N, H, W) or (N, H, W, C) uint8, and (N,) int64
-    train_images, train_labels = _to_device(config, device, train_images, train_labels)
-    valid_images, valid_labels = _to_device(config, device, valid_images, valid_labels)
-    n, batch_size = len(train_images), min(len(train_images), h.batch_size)
+    images, labels = _to_device(config, device, train_images, train_labels)
+    valid = _to_device(config, device, valid_images, valid_labels)
+    n, batch_size = len(images), min(len(images), h.batch_size)
 
     network.to(device).train()
     optimizer = torch.optim.SGD(
@@ -380,15 +358,9 @@ def fit(
         momentum=h.momentum,
         nesterov=h.nesterov,
         weight_decay=h.weight_decay,
-        fused=device.type == "cuda",
     )
-    # From zero: PyTorch's fused optimizer leaves it unset where the scaled loss overflows in the
-    # very first step.
-    for weights in network.parameters():
-        optimizer.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
     scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    autocast = _autocast(device, precision)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch's mean loss, and how many of it are classified correctly: scalars."""
@@ -397,8 +369,7 @@ def fit(
 
     compiled = None
     if resolve_compile(compile, config, n, h.epochs) == "on":
-        batch = train_images[:batch_size], train_labels[:batch_size]
-        compiled = _compiled(step, network, *batch, precision)
+        compiled = _compiled(step, network, images[:batch_size], labels[:batch_size], precision)
     # Convolutions are fastest in channels-last everywhere, but PyTorch's own BatchNorm takes five
     # times as long backwards in it where a CPU's threads share the work.
     plain = compiled is None and device.type == "cpu" and torch.get_num_threads() > 1
@@ -406,7 +377,7 @@ def fit(
 
     # What a checkpoint must have been made with; a finished training may go on for more epochs.
     run = [config, asdict(replace(h, epochs=1)), seed, precision, compiled is not None]
-    run += [n, len(valid_images)]
+    run += [n, len(valid[0])]
     parts, history = [network, optimizer, scheduler, scaler], []
     if checkpoint is not None and Path(checkpoint).exists():
         history = _restore(checkpoint, run, parts, h.epochs)
@@ -416,29 +387,27 @@ def fit(
         loss_sum = correct = done = 0
         network.train()
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-        # A backward pass must not see the caller's autocast either.
-        with _seeded(int.from_bytes(digest[:8]) >> 1, device), _autocast(device, "fp32"):
+        with _seeded(int.from_bytes(digest[:8]) >> 1, device):
             batches = list(torch.randperm(n).to(device).split(batch_size))
             if len(batches[-1]) == 1 < batch_size:
                 batches[-2:] = [torch.cat(batches[-2:])]
             for batch in batches:  # (B,) int64, indices
                 # Another size would be compiled anew: the last batch runs as it is.
                 run_step = compiled if compiled and len(batch) == batch_size else step
-                with autocast:
-                    loss, hits = run_step(train_images[batch], train_labels[batch])
+                with _autocast(device, precision):
+                    loss, hits = run_step(images[batch], labels[batch])
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                # Summed on the device: reading a loss every step would stall a GPU.
-                loss_sum += loss.detach() * len(batch)
+                loss_sum += loss.detach() * len(batch)  # on the device: reading it stalls a GPU
                 correct += hits
                 done += len(batch)
                 if on_batch:
                     on_batch(epoch, done)
         train_loss, train_accuracy = loss_sum.item() / n, correct.item() / n
-        valid_loss, valid_accuracy = _evaluate(network, valid_images, valid_labels, precision)
-        if not math.isfinite(train_loss + valid_loss):
+        valid_loss, valid_accuracy = evaluate(network, *valid, device=device, precision=precision)
+        if not np.isfinite(train_loss + valid_loss):
             lower = f"try a learning rate below {learning_rate:g}"
             raise ModelError(f"the loss is not finite any more in epoch {epoch}: {lower}")
         scheduler.step(valid_loss)
@@ -486,10 +455,9 @@ def resolve_compile(compile: str, network_config: dict, num_images: int, epochs:
 
 def _compiled(step, network, images, labels, precision) -> Callable | None:
     """Compile a training step for such a batch; None, and a warning, where that fails."""
-    device, is_cuda = images.device, images.device.type == "cuda"
     # With PyTorch's own random numbers: dropout draws what it would draw uncompiled.
-    options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": is_cuda}
-    is_avx512 = not is_cuda and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    options = {"fallback_random": True, "triton.cudagraphs": images.device.type == "cuda"}
+    is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if is_avx512 and precision == "fp32" and network.config["num_features"] % 16:
         # The loops run along the channels, and 8 of them fill half a register of 512 bits, which
         # has to be loaded masked then: a step of the poster's network takes 1.4 times as long.
@@ -498,20 +466,12 @@ def _compiled(step, network, images, labels, precision) -> Callable | None:
     torch.compiler.reset()
     network.to(memory_format=torch.channels_last)
     before = copy.deepcopy(network.state_dict())
-    try:
-        # Forward and backward for nothing, so that what can fail fails here: on a GPU once to warm
-        # up, once to record the CUDA graph and once to replay it.
-        with (
-            warnings.catch_warnings(action="ignore"),  # of PyTorch's own making
-            _seeded(0, device),
-            _autocast(device, "fp32"),
-        ):
+    try:  # forward and backward for nothing, so that what can fail fails here
+        with warnings.catch_warnings(action="ignore"), _seeded(0, images.device):
             compiled = torch.compile(step, dynamic=False, options=options)
-            for _ in range(3 if is_cuda else 1):
-                network.zero_grad()
-                with _autocast(device, precision):
-                    loss, _ = compiled(images, labels)
-                loss.backward()
+            with _autocast(images.device, precision):
+                loss, _ = compiled(images, labels)
+            loss.backward()
     except Exception as error:  # anything: compilers are many, and so are their troubles
         why = _first_line(error)
         warnings.warn(f"torch.compile fails here ({why}); training runs uncompiled", stacklevel=3)
@@ -543,24 +503,19 @@ def _logits(network, images, precision) -> Iterator[Tensor]:
         yield logits
 
 
-def _evaluate(network, images, labels, precision) -> tuple[float, float]:
-    loss_sum = correct = done = 0
-    for logits in _logits(network, images, precision):
-        target = labels[done : done + len(logits)]
-        loss_sum += cross_entropy(logits, target, reduction="sum").double()
-        correct += (logits.argmax(1) == target).sum()
-        done += len(logits)
-    return loss_sum.item() / done, correct.item() / done
-
-
 def evaluate(network, images, labels, *, device="auto", precision="auto") -> tuple[float, float]:
     """Return mean cross-entropy and accuracy as `fit` validates.
 
     `precision` is the caller's to give: a network does not know in which it was trained.
     """
-    device = resolve_device(device)
+    device, loss_sum, correct, done = resolve_device(device), 0, 0, 0
     images, labels = _to_device(network.config, device, images, labels)
-    return _evaluate(network.to(device), images, labels, resolve_precision(precision, device))
+    for logits in _logits(network.to(device), images, resolve_precision(precision, device)):
+        target = labels[done : done + len(logits)]
+        loss_sum += cross_entropy(logits, target, reduction="sum").double()
+        correct += (logits.argmax(1) == target).sum()
+        done += len(logits)
+    return loss_sum.item() / done, correct.item() / done
 
 
 def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
@@ -592,29 +547,22 @@ def save_network(network: PosterCNN, path: str | os.PathLike) -> None:
 
 def load_network(path: str | os.PathLike) -> PosterCNN:
     """Read a network that `save_network` wrote, onto the CPU; no code in the file is run."""
-    try:
+    with _refusing(f"{path} is no saved network"):
         content = _load(path)
         network = build(content["config"])
         network.load_state_dict(content["network"])
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load promises no type of error for a damaged file
-        raise ModelError(f"{path} is no saved network ({_first_line(error)})") from None
     return network
 
 
 def _restore(path: str | os.PathLike, run: list, parts: list, epochs: int) -> list[EpochRecord]:
     """Load the states of a checkpoint of this very run; return its history."""
-    try:
+    with _refusing(f"{path} is to be removed, as no checkpoint to go on from", CheckpointError):
         content = _load(path)
         if content["run"] != run or len(content["history"]) > epochs:
             raise ValueError("of another run: network, settings, epochs, precision or images")
         history = [EpochRecord(*record) for record in content["history"]]
         for part, state in zip(parts, content["states"], strict=True):
             part.load_state_dict(state)
-    except Exception as error:  # as in load_network
-        why = _first_line(error)
-        raise CheckpointError(f"{path} is no checkpoint to go on from ({why}): remove it") from None
     return history
 
 
@@ -632,9 +580,8 @@ def _write(content: bytes, path: str | os.PathLike) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
-    except BaseException:  # Ctrl-C too
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _load(path: str | os.PathLike) -> Any:
@@ -645,17 +592,27 @@ def _load(path: str | os.PathLike) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+# ---- errors, command line ------------------------------------------------------------------------
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# ---- command line --------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _refusing(what: str, kind: type[ModelError] = ModelError) -> Iterator[None]:
+    """Make any error one line: damaged files and missing devices have many, and not ours."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({_first_line(error)})") from None
 
 
 def _print_layers(network: PosterCNN) -> None:
-    rows = layer_table(network)
+    name, rows = type(network).__name__, layer_table(network)
     total, macs = sum(row[2] for row in rows), sum(row[3] for row in rows)
-    name = type(network).__name__
     print(f"{name}: {total:,} parameters, {macs:,} multiply-accumulates (MACs) an image")
     print(f"{'layer':<12}{'output':>10}{'parameters':>12}{'MACs':>10}")
     for name, shape, parameters, macs in rows:
@@ -664,22 +621,19 @@ def _print_layers(network: PosterCNN) -> None:
 
 def _apply(arguments: argparse.Namespace) -> None:
     """Write a network's classes and softmax probabilities of unlabelled images."""
-    network = load_network(arguments.model)
-    if not zipfile.is_zipfile(arguments.images):  # np.load would speak of pickles
-        raise ModelError(f"{arguments.images}: no npz file there")
-    try:
-        with np.load(arguments.images, allow_pickle=False) as archive:
-            images = archive["test_images" if "test_images" in archive else "images"]
-    except Exception as error:  # np.load promises no type of error for a damaged file
-        why = _first_line(error)
-        raise ModelError(f"{arguments.images}: no npz of test_images or images: {why}") from None
+    network, path = load_network(arguments.model), arguments.images
+    with (
+        _refusing(f"{path} is no npz of test_images or images"),
+        np.load(path, allow_pickle=False) as archive,
+    ):
+        images = torch.as_tensor(archive["test_images" if "test_images" in archive else "images"])
     logits = predict(network, images, device=arguments.device).double()  # (N, num_classes)
-    columns, header = [np.arange(len(logits)), logits.argmax(1)], ["Id", "Cell type"]
+    columns, header = [np.arange(len(logits)), logits.argmax(1)], "Id,Cell type"
     if not arguments.submission:
         columns.append(logits.softmax(1))
-        header = ["id", "predicted", *(f"probability_{k}" for k in range(logits.shape[1]))]
+        header = ",".join(["id,predicted", *(f"probability_{k}" for k in range(logits.shape[1]))])
     text = io.BytesIO()
-    np.savetxt(text, np.column_stack(columns), "%.9g", ",", header=",".join(header), comments="")
+    np.savetxt(text, np.column_stack(columns), "%.9g", ",", header=header, comments="")
     _write(text.getvalue(), arguments.output)
     print(f"wrote {arguments.output}: {len(images):,} images")
 
