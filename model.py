@@ -40,8 +40,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
@@ -53,7 +51,16 @@ class CheckpointError(ModelError):
     """A training checkpoint cannot be read, or is of another run."""
 
 
-# ---- hyperparameters -----------------------------------------------------------------------------
+@contextlib.contextmanager
+def _refusing(what: str, kind: type[ModelError] = ModelError) -> Iterator[None]:
+    """Make any error one line of ours: nobody lists those of damaged files or missing devices."""
+    try:
+        yield
+    except FileNotFoundError:  # tells enough
+        raise
+    except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise kind(f"{what} ({why})") from None
 
 
 @dataclass(frozen=True)
@@ -72,20 +79,16 @@ class Hyperparameters:
     epochs: int = 100  # at least 1; not printed, the axis of the curves
 
     def __post_init__(self) -> None:
-        for name in ("num_features", "batch_size", "patience", "epochs"):
-            if type(getattr(self, name)) is not int:
-                raise ModelError(f"{name} must be an integer, not {getattr(self, name)!r}")
+        for name, least in {"num_features": 1, "batch_size": 1, "patience": 0, "epochs": 1}.items():
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise ModelError(f"{name} must be an integer of at least {least}, not {value!r}")
         in_range = {
-            "num_features": self.num_features >= 1,
-            "batch_size": self.batch_size >= 1,
             "learning_rate": self.learning_rate > 0,
             "weight_decay": self.weight_decay >= 0,
             "momentum": 0 <= self.momentum < 1,
             "nesterov": self.momentum > 0 or not self.nesterov,
             "dropout": 0 <= self.dropout < 1,
-            "patience": self.patience >= 0,
             "factor": 0 < self.factor < 1,
-            "epochs": self.epochs >= 1,
         }
         for name, holds in in_range.items():
             if not holds:
@@ -102,18 +105,11 @@ AUTHORS = replace(POSTER, learning_rate=0.025336627337952815, weight_decay=0.004
 class PosterCNN(nn.Module):
     """The poster's network: eight convolutions f, f, f, 2f, 2f, 4f, 8f, 16f, two dense layers.
 
-    250,904 parameters at 8 features, 8 classes and 28x28 gray images. The hidden dense layer
-    and its dropout are the authors' code's; the figure leaves them out. Weights are initialised by
-    PyTorch's defaults, as theirs were.
-
-    Parameters
-    ----------
-    num_features : int
-        f, at least 1.
-    num_classes, in_channels, image_size : int
-        At least 2; 1 for gray images, 3 for RGB; height and width in pixels, at least 8.
-    dropout : float
-        Share of the hidden layer's outputs dropped while training, in [0, 1).
+    `num_features` is f. `num_classes` is at least 2, `in_channels` 1 for gray images and 3 for RGB,
+    `image_size` height and width in pixels, at least 8; `dropout`, in [0, 1), is the share of the
+    hidden layer's outputs dropped while training. By default there are 250,904 parameters. The
+    hidden dense layer and its dropout are the authors' code's, the figure leaves them out; weights
+    are initialised by PyTorch's defaults, as theirs were.
     """
 
     widths = (1, 1, 1, 2, 2, 4, 8, 16)  # of the 3x3 convolutions, in num_features
@@ -321,17 +317,16 @@ def fit(
     """Train `network` in place as the poster did; it ends with the last epoch's weights.
 
     SGD on the mean cross-entropy under `torch.autocast`, with a `GradScaler` in fp16;
-    ReduceLROnPlateau on the validation loss. The images stay uint8 on the device and a batch is an
-    index slice of them. Every image is used once an epoch: the last batch is smaller, and takes in
-    a single image left over, since BatchNorm cannot normalise one.
+    ReduceLROnPlateau on the validation loss. The images stay uint8 on the device. Every image is
+    used once an epoch: the last batch is smaller, and takes in a single image left over, since
+    BatchNorm cannot normalise one.
 
     Parameters
     ----------
     hyperparameters : Hyperparameters
         Its `num_features` and `dropout` must be the network's.
     seed : int
-        Decides order and dropout, which start afresh from (seed, epoch) at every epoch: no random
-        state has to outlive one.
+        Decides order and dropout, which start afresh from (seed, epoch) at every epoch.
     compile : {"auto", "on", "off"}
         As for `resolve_compile`. Where compiling fails, for want of a C++ compiler perhaps, a
         warning says so and training runs without.
@@ -344,28 +339,21 @@ def fit(
     """
     device, config, h = resolve_device(device), network.config, hyperparameters
     precision = resolve_precision(precision, device)
-    for name in ("num_features", "dropout"):
-        if config[name] != (wanted := getattr(h, name)):
-            raise ModelError(f"{name} is {config[name]} in the network, {wanted} for training")
+    if (config["num_features"], config["dropout"]) != (h.num_features, h.dropout):
+        raise ModelError("num_features or dropout differ between network and hyperparameters")
     images, labels = _to_device(config, device, train_images, train_labels)
     valid = _to_device(config, device, valid_images, valid_labels)
     n, batch_size = len(images), min(len(images), h.batch_size)
 
     network.to(device).train()
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=h.learning_rate,
-        momentum=h.momentum,
-        nesterov=h.nesterov,
-        weight_decay=h.weight_decay,
-    )
+    rule = {"momentum": h.momentum, "nesterov": h.nesterov, "weight_decay": h.weight_decay}
+    optimizer = torch.optim.SGD(network.parameters(), h.learning_rate, **rule)
     scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a batch's mean loss, and how many of it are classified correctly: scalars."""
         logits = network(_as_input(images))  # (B, num_classes)
-        return cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
 
     compiled = None
     if resolve_compile(compile, config, n, h.epochs) == "on":
@@ -376,14 +364,13 @@ def fit(
     network.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
 
     # What a checkpoint must have been made with; a finished training may go on for more epochs.
-    run = [config, asdict(replace(h, epochs=1)), seed, precision, compiled is not None]
-    run += [n, len(valid[0])]
+    run = [config, asdict(replace(h, epochs=1)), seed, precision, bool(compiled), n, len(valid[0])]
     parts, history = [network, optimizer, scheduler, scaler], []
     if checkpoint is not None and Path(checkpoint).exists():
         history = _restore(checkpoint, run, parts, h.epochs)
 
     for epoch in range(len(history), h.epochs):
-        started, learning_rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
         loss_sum = correct = done = 0
         network.train()
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
@@ -408,12 +395,10 @@ def fit(
         train_loss, train_accuracy = loss_sum.item() / n, correct.item() / n
         valid_loss, valid_accuracy = evaluate(network, *valid, device=device, precision=precision)
         if not np.isfinite(train_loss + valid_loss):
-            lower = f"try a learning rate below {learning_rate:g}"
-            raise ModelError(f"the loss is not finite any more in epoch {epoch}: {lower}")
+            raise ModelError(f"epoch {epoch}: loss not finite, try a learning rate below {rate:g}")
         scheduler.step(valid_loss)
         figures = train_loss, valid_loss, train_accuracy, valid_accuracy
-        seconds = time.perf_counter() - started
-        history.append(EpochRecord(epoch, learning_rate, *figures, seconds))
+        history.append(EpochRecord(epoch, rate, *figures, time.perf_counter() - started))
         if checkpoint is not None:
             states = [part.state_dict() for part in parts]
             _save({"run": run, "history": [*map(tuple, history)], "states": states}, checkpoint)
@@ -433,24 +418,20 @@ def learning_rates(hyperparameters: Hyperparameters, valid_losses: Iterable[floa
     return rates
 
 
-# ---- compiling -----------------------------------------------------------------------------------
-
 COMPILE = ("auto", "on", "off")
-# Forward multiply-accumulates of a whole training from which compiling pays: some minutes of two
-# cores, of which it saves a third, and takes 10 to 30 seconds.
-_COMPILE_FROM = 3e12
 
 
 def resolve_compile(compile: str, network_config: dict, num_images: int, epochs: int) -> str:
     """Say whether `torch.compile` fuses the training step: ``on`` or ``off``.
 
-    It changes nothing beyond rounding. ``auto`` is on where the whole training, a resumed one's
-    beginning included, is long enough to win the compiler's time back.
+    It changes nothing beyond rounding. It takes 10 to 30 seconds and saves a third of the time, so
+    ``auto`` is on from 3e12 forward multiply-accumulates of a whole training, a resumed one's
+    beginning included: some minutes of two cores.
     """
     if compile != "auto":
         return compile
     macs = sum(row[3] for row in layer_table(build(network_config)))
-    return "on" if macs * num_images * epochs > _COMPILE_FROM else "off"
+    return "on" if macs * num_images * epochs > 3e12 else "off"
 
 
 def _compiled(step, network, images, labels, precision) -> Callable | None:
@@ -467,19 +448,22 @@ def _compiled(step, network, images, labels, precision) -> Callable | None:
     network.to(memory_format=torch.channels_last)
     before = copy.deepcopy(network.state_dict())
     try:  # forward and backward for nothing, so that what can fail fails here
-        with warnings.catch_warnings(action="ignore"), _seeded(0, images.device):
+        with (
+            _refusing("torch.compile fails here"),
+            warnings.catch_warnings(action="ignore"),
+            _seeded(0, images.device),
+        ):
             compiled = torch.compile(step, dynamic=False, options=options)
             with _autocast(images.device, precision):
                 loss, _ = compiled(images, labels)
             loss.backward()
-    except Exception as error:  # anything: compilers are many, and so are their troubles
-        why = _first_line(error)
-        warnings.warn(f"torch.compile fails here ({why}); training runs uncompiled", stacklevel=3)
+            return compiled
+    except (ModelError, OSError) as error:
+        warnings.warn(f"{error}; training runs uncompiled", stacklevel=3)
         return None
     finally:
         network.load_state_dict(before)
         network.zero_grad()
-    return compiled
 
 
 # ---- validation and prediction -------------------------------------------------------------------
@@ -491,7 +475,7 @@ def _logits(network, images, precision) -> Iterator[Tensor]:
     copied, layers = copy.deepcopy(network.eval()), []
     for layer in [*copied.features, *copied.classifier]:
         if isinstance(layer, nn.BatchNorm2d):  # folded into the convolution before it
-            layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
+            layers[-1] = nn.utils.fuse_conv_bn_eval(layers[-1], layer)
         else:
             layers.append(layer)
     folded = nn.Sequential(*layers).to(memory_format=torch.channels_last)
@@ -508,11 +492,12 @@ def evaluate(network, images, labels, *, device="auto", precision="auto") -> tup
 
     `precision` is the caller's to give: a network does not know in which it was trained.
     """
-    device, loss_sum, correct, done = resolve_device(device), 0, 0, 0
+    device = resolve_device(device)
     images, labels = _to_device(network.config, device, images, labels)
+    loss_sum = correct = done = 0
     for logits in _logits(network.to(device), images, resolve_precision(precision, device)):
         target = labels[done : done + len(logits)]
-        loss_sum += cross_entropy(logits, target, reduction="sum").double()
+        loss_sum += nn.functional.cross_entropy(logits, target, reduction="sum").double()
         correct += (logits.argmax(1) == target).sum()
         done += len(logits)
     return loss_sum.item() / done, correct.item() / done
@@ -526,14 +511,13 @@ def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
     """
     device = resolve_device(device)
     images, _ = _to_device(network.config, device, images)
-    parts, done = [], 0
+    parts = []
     # cuDNN's default is to round the factors of float32 products to TF32, of 10 bits.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for logits in _logits(network.to(device), images, "fp32"):
             parts.append(logits)
-            done += len(logits)
             if on_batch:
-                on_batch(done)
+                on_batch(sum(map(len, parts)))
     return torch.cat(parts).cpu()
 
 
@@ -556,7 +540,7 @@ def load_network(path: str | os.PathLike) -> PosterCNN:
 
 def _restore(path: str | os.PathLike, run: list, parts: list, epochs: int) -> list[EpochRecord]:
     """Load the states of a checkpoint of this very run; return its history."""
-    with _refusing(f"{path} is to be removed, as no checkpoint to go on from", CheckpointError):
+    with _refusing(f"remove {path}: it is no checkpoint to go on from", CheckpointError):
         content = _load(path)
         if content["run"] != run or len(content["history"]) > epochs:
             raise ValueError("of another run: network, settings, epochs, precision or images")
@@ -592,22 +576,7 @@ def _load(path: str | os.PathLike) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# ---- errors, command line ------------------------------------------------------------------------
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-@contextlib.contextmanager
-def _refusing(what: str, kind: type[ModelError] = ModelError) -> Iterator[None]:
-    """Make any error one line: damaged files and missing devices have many, and not ours."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise kind(f"{what} ({_first_line(error)})") from None
+# ---- command line --------------------------------------------------------------------------------
 
 
 def _print_layers(network: PosterCNN) -> None:
@@ -662,8 +631,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # what read our output, `| head` perhaps, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains at its exit
         return 2
-    except (ModelError, OSError, MemoryError) as error:
-        print(f"model.py: error: {_first_line(error)}", file=sys.stderr)
+    except (ModelError, OSError) as error:
+        print(f"model.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
