@@ -266,7 +266,7 @@ def _to_device(config, device, images, labels=None) -> tuple[Tensor, Tensor | No
     """Check that images and labels fit the network, and put them on the device, still uint8."""
     size, channels, classes = config["image_size"], config["in_channels"], config["num_classes"]
     shape = (size, size) if channels == 1 else (size, size, channels)
-    images = torch.as_tensor(images, device=device).contiguous()
+    images = torch.as_tensor(images, device=device)
     if images.dtype != torch.uint8 or images.shape[1:] != shape or len(images) == 0:
         given = f"{images.dtype} of {tuple(images.shape)}"
         raise ModelError(f"images must be uint8, one or more of {shape}, not {given}")
@@ -488,10 +488,7 @@ def _logits(network, images, precision) -> Iterator[Tensor]:
 
 
 def evaluate(network, images, labels, *, device="auto", precision="auto") -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy as `fit` validates.
-
-    `precision` is the caller's to give: a network does not know in which it was trained.
-    """
+    """Return mean cross-entropy and accuracy as `fit` validates."""
     device = resolve_device(device)
     images, labels = _to_device(network.config, device, images, labels)
     loss_sum = correct = done = 0
@@ -504,10 +501,9 @@ def evaluate(network, images, labels, *, device="auto", precision="auto") -> tup
 
 
 def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
-    """Apply `network` in plain float32, as the authors tested; it is left in evaluation mode.
+    """Return logits, float32, (N, num_classes), on the CPU, in plain float32 as the authors tested.
 
-    ``on_batch(images_done)`` is called after every batch. Returns logits, float32,
-    (N, num_classes), on the CPU.
+    `network` is left in evaluation mode. ``on_batch(images_done)`` is called after every batch.
     """
     device = resolve_device(device)
     images, _ = _to_device(network.config, device, images)

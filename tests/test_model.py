@@ -510,6 +510,8 @@ def test_a_saved_network_comes_back(tmp_path, name):
     assert (type(loaded), loaded.config) == (type(network), network.config)
     assert same(loaded, network)
     assert all(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(FileNotFoundError):
+        model.load_network(tmp_path / "none.pt")
 
 
 # ---- prediction and compiling --------------------------------------------------------------------
