@@ -7,8 +7,8 @@ a saved network to images. In code, with PyTorch 2.11 or newer::
     history = fit(network, train_images, train_labels, valid_images, valid_labels, POSTER)
     logits = predict(network, test_images)  # (N, 8) float32
 
-Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`; images are uint8,
-(N, H, W) for a network of one channel, else (N, H, W, C); labels are N integers from 0 to
+Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`; images are arrays,
+uint8, (N, H, W) for a network of one channel, else (N, H, W, C); labels are N integers from 0 to
 num_classes - 1; `device` and `precision` are as for `resolve_device` and `resolve_precision`. What
 does not fit or is out of its range raises a ModelError of one line. PyTorch's global random state
 plays no part, and that of the CPU and of `device` is left as it was.
@@ -463,7 +463,6 @@ def _compiled(step, network, images, labels, precision) -> Callable | None:
         return None
     finally:
         network.load_state_dict(before)
-        network.zero_grad()
 
 
 # ---- validation and prediction -------------------------------------------------------------------
@@ -472,8 +471,8 @@ def _compiled(step, network, images, labels, precision) -> Callable | None:
 @torch.inference_mode()
 def _logits(network, images, precision) -> Iterator[Tensor]:
     """Yield the logits of images on the network's device, (B, num_classes) float32, by batches."""
-    copied, layers = copy.deepcopy(network.eval()), []
-    for layer in [*copied.features, *copied.classifier]:
+    layers = []
+    for layer in [*network.eval().features, *network.classifier]:
         if isinstance(layer, nn.BatchNorm2d):  # folded into the convolution before it
             layers[-1] = nn.utils.fuse_conv_bn_eval(layers[-1], layer)
         else:
