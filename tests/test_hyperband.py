@@ -156,6 +156,16 @@ def test_search_is_successive_halving_whatever_runs_it(make, retrain, tmp_path):
     assert replay(log, SPACE, SCHEDULE, 4, retrain) == result
 
 
+def test_a_brackets_losers_leave_the_disk(tmp_path):
+    counts = {}  # of the folders at the first trial of a bracket
+    search(
+        *(walk, SPACE, SCHEDULE, 4),
+        folder=tmp_path,
+        on_trial=lambda trial, _: counts.setdefault(trial.bracket, len(names(tmp_path))),
+    )
+    assert counts[1] == 2  # the best of the bracket before, and its own
+
+
 def script(losses):
     """An objective with losses by (trial, resource), or by trial; an exception is raised."""
 
