@@ -387,7 +387,7 @@ def _titles(names: Iterable[str], width: int) -> list[str]:
     return [textwrap.fill(title, width).replace("$", r"\$") for title in titles]  # "$": no formula
 
 
-def _read_confusion(folder: str | Path) -> np.ndarray:
+def read_confusion(folder: str | Path) -> np.ndarray:
     """Return the confusion matrix (K, K) of a folder."""
     path = Path(folder, "confusion.csv")
     return np.column_stack([read_column(path, name, int) for name in read_csv(path)[0][1:]])
@@ -396,7 +396,7 @@ def _read_confusion(folder: str | Path) -> np.ndarray:
 def _read_classes(folder: str | Path, width: int) -> tuple[list[str], np.ndarray]:
     """Return each class's title in lines of `width`, and its share of the test images."""
     names = read_column(Path(folder, "per_class.csv"), "name", str)
-    support = _read_confusion(folder).sum(axis=1)
+    support = read_confusion(folder).sum(axis=1)
     return _titles(names, width), support / support.sum()
 
 
@@ -428,7 +428,7 @@ def draw_class_ratios(folder: str | Path, stem: str | Path) -> None:
 
 def draw_confusion(folder: str | Path, stem: str | Path) -> None:
     """Draw the confusion matrix: counts, shaded by their share of the true class."""
-    matrix = _read_confusion(folder)
+    matrix = read_confusion(folder)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = max(3.0, 0.5 + 0.45 * len(matrix))
     with _figure(stem, side, side) as (axes,):

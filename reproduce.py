@@ -17,7 +17,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -91,13 +90,20 @@ def comparable(about: dict[str, Any]) -> bool:
     """
     if about["md5"] == data.MEDMNIST["tissuemnist"] and about["split"] == "poster":
         return True
-    if sum(about["test_counts"]) != 50_000:
-        return False
-    _, rows = metrics.read_csv(POSTER / "confusion.csv")
-    return about["test_counts"] == [sum(map(int, row[1:])) for row in rows]
+    counts = about["test_counts"]
+    return sum(counts) == 50_000 and counts == metrics.read_confusion(POSTER).sum(axis=1).tolist()
 
 
 # -------------------------------------------------------------------------------- the terminal
+
+
+def one_line(error: Exception) -> str:
+    """Tell an error of a file's or of ours in a line."""
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} is missing"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing'}: {error.strerror or error}"
+    return str(error)
 
 
 class Progress:
@@ -138,41 +144,62 @@ FILES = {
     "figures": ("figures",),
     "report": ("report.md",),
 }
-FOLLOWING = {"train": ("test",)} | dict.fromkeys(("tune", "test", "compare"), ("figures", "report"))
 
 
 class Run:
     """A results folder, the images that it is about, and the options of the command.
 
-    `record` is run.json: under "data" what `describe` says of images and split; under the name of
-    a stage that was begun the "options" that decide its outcome, the "environment" and, once it is
-    done, its "seconds". `sums` is SHA256SUMS. `seeds` are those of several trainings, each in a
-    folder inside; `home` is the folder with the search: this one, or of such a seed the one around.
+    `record` is run.json: under "data", as `about`, what images and split are; under the name of a
+    stage that was begun the "options" that decide its outcome, the "environment" and, once it is
+    done, its "seconds". `sums` is SHA256SUMS.
     """
 
     def __init__(self, folder: Path, images: data.ImageData | None, options: Namespace) -> None:
         self.folder, self.images, self.options = folder, images, options
-        inside = re.fullmatch(r"seed-\d+", folder.name) and (folder.parent / "run.json").exists()
-        self.home = folder.parent if inside else folder
         self.record, self.sums = read_record(folder, options), read_sums(folder)
-        if images is not None:
-            self.split = data.split(images, options.split, options.split_seed)
-            self.about = describe(images, self.split, options)
+        if images is None:
+            return
+        self.split = data.split(images, options.split, options.split_seed)
+        source = images.name if options.data == "auto" else options.data
+        if source != "digits" and source not in data.MEDMNIST:
+            source = str(Path(source).resolve())
+        counts = np.bincount(images.labels[self.split.test], minlength=images.num_classes)
+        self.about = {
+            "name": images.name,
+            "source": source,
+            "md5": images.md5,
+            "split": options.split,
+            "split_seed": options.split_seed,
+            "shape": list(images.images.shape),
+            "class_names": list(images.class_names),
+            "sizes": [len(part) for part in self.split],
+            "test_counts": counts.tolist(),
+        }
+
+    @property
+    def done(self) -> list[str]:
+        """The stages that have ended, in the order of the chain."""
+        return [key for key in FILES if self.record.get(key, {}).get("seconds") is not None]
+
+    def begun(self, stage: str) -> dict[str, Any]:
+        """Return the options that a stage was begun with."""
+        return self.record.get(stage, {}).get("options", {})
 
     @property
     def seeds(self) -> list[Run]:
-        """The runs of several seeds: those of the training that is here, or to be done."""
+        """The runs of several seeds, each in a folder inside, that are here or to be trained."""
         seeds = self.options.seeds or []
         if self.options.stage not in ("all", "train"):
-            seeds = self.record.get("train", {}).get("options", {}).get("seeds", [])
+            seeds = self.begun("train").get("seeds", [])
         options = [Namespace(**{**vars(self.options), "seed": n, "seeds": None}) for n in seeds]
         return [Run(self.folder / f"seed-{one.seed}", self.images, one) for one in options]
 
-    def other_data(self) -> dict[str, Any]:
-        """Return what run.json says otherwise of data and split; a moved file is the same data."""
-        known = self.record.get("data", {}) if self.images is not None else {}
-        names = [name for name in known if name not in ("name", "source")]
-        return {name: known[name] for name in names if known[name] != self.about[name]}
+    def other_data(self) -> str:
+        """Say what run.json has otherwise of data and split; a moved file is the same data."""
+        if self.images is None or "data" not in self.record:
+            return ""
+        moved = {name: self.about[name] for name in ("name", "source")}
+        return difference({**self.record["data"], **moved}, self.about)
 
     def part(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copy out the images and labels of an index array."""
@@ -180,13 +207,13 @@ class Run:
 
     def network(self, hyperparameters: model.Hyperparameters, name: str = "PosterCNN") -> dict:
         """Size a network for these images: the `config` of `model.build`."""
-        shape = self.images.images.shape
+        _, size, _, *channels = self.images.images.shape
         return {
             "network": name,
             "num_features": hyperparameters.num_features,
             "num_classes": self.images.num_classes,
-            "in_channels": shape[3] if len(shape) == 4 else 1,
-            "image_size": shape[1],
+            "in_channels": channels[0] if channels else 1,
+            "image_size": size,
             "dropout": hyperparameters.dropout,
         }
 
@@ -200,29 +227,21 @@ class Run:
         """Write run.json."""
         self.write("run.json", json.dumps(self.record, indent=1, allow_nan=False) + "\n")
 
-    @property
-    def done(self) -> list[str]:
-        """The stages that have ended, in the order of the chain."""
-        return [key for key in FILES if self.record.get(key, {}).get("seconds") is not None]
-
     def check(self, stage: str, options: dict[str, Any]) -> None:
         """Raise RunError where the stage was begun with other options."""
-        begun = self.record.get(stage, {}).get("options", options)
-        begun, options = ({**o, **o.get("values", {})} for o in (begun, options))
-        for name, value in options.items():
-            # The values count, not where they were read.
-            if name not in ("values", "hyperparameters") and begun.get(name) != value:
-                raise RunError(
-                    f"{self.folder}: {stage} was begun with {name} {begun.get(name)!r:.120}, not "
-                    f"{value!r:.120}: give that, choose another --results, or say --overwrite"
-                )
+        begun, options = ({**o, **o.get("values", {})} for o in (self.begun(stage), options))
+        for ours in (begun, options):  # the values count, not where they were read
+            ours.pop("values", None), ours.pop("hyperparameters", None)
+        if stage in self.record and (other := difference(begun, options)):
+            raise RunError(
+                f"{self.folder}: {stage} was begun with {other}: give that, choose another "
+                "--results, or say --overwrite"
+            )
 
     def begin(self, stage: str, options: dict[str, Any]) -> bool:
         """Record what a stage is about to do, and where; False where it is done already."""
         self.check(stage, options)
-        if stage == "test":  # which is cheap, and done whenever asked
-            self.drop(stage)
-        if stage in self.done:
+        if stage in self.done and stage != "test":  # which is cheap, and done whenever asked
             print(f"{stage:<8} done already")
             return False
         if stage not in self.record:
@@ -233,22 +252,13 @@ class Run:
         self.save()
         return True
 
-    def finish(self, stage: str, seconds: float) -> None:
-        """Record that the files of a stage are complete."""
-        self.record[stage]["seconds"] = seconds
-        self.save()
-
-    def forget(self, stage: str) -> None:
-        """Hash the files of a stage anew when the folder is sealed."""
-        self.sums = {n: s for n, s in self.sums.items() if n.split("/")[0] not in FILES[stage]}
-
     def drop(self, stage: str) -> None:
         """Forget a stage, then remove its files; before it, what follows from it."""
-        for later in FOLLOWING.get(stage, ()):
+        following = {"train": ["test"], "figures": [], "report": []}
+        for later in following.get(stage, ["figures", "report"]):
             self.drop(later)
         for later in ("train", "compare") if stage == "tune" else ():
-            options = self.record.get(later, {}).get("options", {})
-            if options.get("hyperparameters") == "tuned":
+            if self.begun(later).get("hyperparameters") == "tuned":
                 self.drop(later)
         if self.record.pop(stage, None):
             self.save()
@@ -259,17 +269,9 @@ class Run:
         for name in FILES[stage]:
             remove(self.folder / name)
 
-    def unseal(self, stages: Sequence[str]) -> None:
-        """Make the folder ready for these stages; with ``--overwrite`` they begin anew."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.options.overwrite:
-            other = self.images is not None and "data" not in self.record
-            for stage in FILES if other else stages:
-                self.drop(stage)
-        remove(self.folder / "SHA256SUMS")
-        if self.images is not None:
-            self.record["data"] = self.about
-            self.save()
+    def forget(self, stage: str) -> None:
+        """Hash the files of a stage anew when the folder is sealed."""
+        self.sums = {n: s for n, s in self.sums.items() if n.split("/")[0] not in FILES[stage]}
 
     def seal(self) -> None:
         """Write SHA256SUMS, which says that the folder is at rest.
@@ -288,37 +290,24 @@ class Run:
         metrics.write(self.folder / "SHA256SUMS", "".join(lines))
 
 
-def describe(images: data.ImageData, split: data.Split, options: Namespace) -> dict[str, Any]:
-    """Say what a run is on: the "data" of run.json."""
-    source = images.name if options.data == "auto" else options.data
-    if source != "digits" and source not in data.MEDMNIST:
-        source = str(Path(source).resolve())
-    counts = np.bincount(images.labels[split.test], minlength=images.num_classes)
-    return {
-        "name": images.name,
-        "source": source,
-        "md5": images.md5,
-        "split": options.split,
-        "split_seed": options.split_seed,
-        "shape": list(images.images.shape),
-        "class_names": list(images.class_names),
-        "sizes": [len(part) for part in split],
-        "test_counts": counts.tolist(),
-    }
+def difference(known: dict[str, Any], given: dict[str, Any]) -> str:
+    """Say what is known otherwise than it is given, if anything."""
+    for name, value in given.items():
+        if known.get(name) != value:
+            return f"{name} {known.get(name)!r:.99}, not {value!r:.99}"
+    return ""
 
 
 def read_record(folder: Path, options: Namespace) -> dict[str, Any]:
     """Read run.json; {} where there is none or, to overwrite or verify it, a damaged one."""
     path = folder / "run.json"
-    try:
+    if not path.exists():
+        return {}
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         record = json.loads(path.read_bytes())
         known = read_sums(folder).get("run.json")
         if record["data"]["test_counts"] and known in (None, sha256(path)):
             return record
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
     if options.overwrite or options.stage == "verify":
         return {}
     raise RunError(f"{path} is damaged: restore it, or say --stage all --overwrite")
@@ -370,19 +359,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 def environment(device: Any) -> dict[str, Any]:
     """Tell what results depend on beside data and options."""
-    commit = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "-C", str(Path(__file__).resolve().parent)]
-        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        ran = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
-        commit = ran.stdout.strip()
+    commit, git = None, ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):  # no git here
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
     return {
         **model.environment(device),
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "scikit-learn": version("scikit-learn"),
         "platform": platform.platform(),
-        "git_commit": commit,
+        "git_commit": commit or None,
     }
 
 
@@ -430,11 +417,8 @@ def brackets(options: dict[str, Any]) -> list[list[hyperband.Rung]]:
     return hyperband.brackets(options["max_resource"], options["eta"])
 
 
-def tune(run: Run) -> None:
+def tune(run: Run, options: dict[str, Any]) -> float:
     """Search SPACE by successive halving; write tuning.jsonl, a line a trial, and best.json."""
-    options = tuning_options(run)
-    if not run.begin("tune", options):
-        return
     schedule, seed, retrain = brackets(options), options["seed"], options["retrain"]
     split = data.tuning_split(run.split, TUNING_IMAGES, seed)
     arrays = *run.part(split.train), *run.part(split.valid)
@@ -472,7 +456,7 @@ def tune(run: Run) -> None:
             on_trial=on_trial,
         )
     run.write("best.json", best_text(result.best))
-    run.finish("tune", sum(trial.seconds for trial in result.trials))
+    return sum(trial.seconds for trial in result.trials)
 
 
 def best_text(best: hyperband.Trial) -> str:
@@ -491,12 +475,11 @@ def trial_executor(options: Namespace) -> Iterator[Executor | None]:
     elif options.workers == 1:
         yield None
     else:
-        others = multiprocessing.active_children()
         pool = start_processes(options.workers)
         try:
             yield pool
         except BaseException:  # Ctrl-C above all: nobody waits for trials, which may take minutes
-            for process in {*multiprocessing.active_children()} - {*others}:
+            for process in multiprocessing.active_children():
                 process.kill()
             raise
         finally:
@@ -511,8 +494,7 @@ def start_processes(count: int) -> ProcessPoolExecutor:
         os.environ.setdefault(name, str(2**32))  # bytes; read at a process's start
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which new processes inherit
-    for _ in range(count):
-        pool.submit(os.getpid)  # a process each, as none is idle yet
+    pool.map(abs, range(count))  # starts a process each, as none is idle yet
     signal.signal(signal.SIGINT, heard)
     return pool
 
@@ -525,20 +507,16 @@ def end_with_parent() -> None:
 
 def dask_client(address: str) -> Any:
     """Join a Dask cluster, and give its workers the code of this program."""
-    if importlib.util.find_spec("distributed") is None:
-        raise RunError("--dask needs distributed: pip install -r requirements-cluster.txt")
-    from distributed import Client
-
-    # Of a lost scheduler it would log a traceback, beside the error that we tell in a line.
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
+        from distributed import Client
+
         client = Client(address, timeout=10, set_as_default=False)
         for path in (data.__file__, model.__file__, hyperband.__file__, metrics.__file__, __file__):
             client.upload_file(path)
     except Exception as error:  # nobody there, or whatever an import raises on another machine
         raise RunError(
-            f"--dask {address}: {error!r:.200}: start a scheduler and workers there, with "
-            "requirements.txt installed"
+            f"--dask {address}: {error!r:.200}: install requirements.txt and "
+            "requirements-cluster.txt here and there, and start a scheduler and workers"
         ) from None
     return client
 
@@ -548,25 +526,29 @@ def dask_client(address: str) -> Any:
 NAMED = {"poster": model.POSTER, "authors": model.AUTHORS}  # and tuned, which is in best.json
 
 
-def read_hyperparameters(path: Path) -> model.Hyperparameters:
-    """Read hyperparameters from a JSON object of them, or from its key of that name."""
+def hyperparameters_of(run: Run, name: str) -> model.Hyperparameters:
+    """Find hyperparameters: NAMED ones, or a JSON object of them or with a key of that name."""
+    if name in NAMED:
+        return NAMED[name]
+    path = run.folder / "best.json" if name == "tuned" else Path(name)
+    if run.folder.name.startswith("seed-") and not path.exists():  # one of several in a run
+        path = run.folder.parent / "best.json"
     content = path.read_bytes()
     try:
         found = json.loads(content)
         return model.Hyperparameters(**found.get("hyperparameters", found))
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise RunError(f"{path} holds no hyperparameters: {error}") from None
 
 
 def training_options(run: Run) -> dict[str, Any]:
     """Say what decides the training's outcome, beside the data; `tuned` needs best.json."""
     options, name = run.options, run.options.hyperparameters
-    path = run.home / "best.json" if name == "tuned" else Path(name)
-    chosen = NAMED.get(name) or read_hyperparameters(path)
+    chosen = hyperparameters_of(run, name)
     chosen = replace(chosen, epochs=options.epochs or chosen.epochs)
     images, network = len(run.split.train), run.network(chosen)
     return {
-        "hyperparameters": name if name in (*NAMED, "tuned") else str(path.resolve()),
+        "hyperparameters": name if name in (*NAMED, "tuned") else str(Path(name).resolve()),
         "epochs": chosen.epochs,
         **({"seeds": options.seeds} if options.seeds else {"seed": options.seed}),
         "precision": options.precision,
@@ -575,11 +557,8 @@ def training_options(run: Run) -> dict[str, Any]:
     }
 
 
-def train(run: Run) -> None:
+def train(run: Run, options: dict[str, Any]) -> float:
     """Train the poster's network; write history.csv and model.pt, the last epoch's weights."""
-    options = training_options(run)
-    if not run.begin("train", options):
-        return
     hyperparameters = model.Hyperparameters(**options["values"])
     network = model.build(run.network(hyperparameters), options["seed"])
     epochs, images = hyperparameters.epochs, len(run.split.train)
@@ -607,16 +586,15 @@ def train(run: Run) -> None:
     )
     run.write("history.csv", metrics.csv_text(model.EpochRecord._fields, history))
     model.save_network(network, run.folder / "model.pt")
-    run.finish("train", sum(record.seconds for record in history))
+    return sum(record.seconds for record in history)
 
 
 # ---------------------------------------------------------------------------------------- test
 
 
-def test(run: Run) -> None:
+def test(run: Run, options: dict[str, Any]) -> float:
     """Apply model.pt to the test images; write predictions.csv and what follows from it."""
     network = model.load_network(run.folder / "model.pt")
-    run.begin("test", {})
     images, labels = run.part(run.split.test)
     progress, started = Progress("test", len(images)), time.perf_counter()
 
@@ -629,7 +607,7 @@ def test(run: Run) -> None:
     run.write("predictions.csv", metrics.predictions_text(predictions))
     for name, table in derived(predictions, run.about).items():
         run.write(name, metrics.csv_text(*table))
-    run.finish("test", seconds)
+    return seconds
 
 
 def derived(predictions: metrics.Predictions, about: dict[str, Any]) -> dict[str, tuple]:
@@ -737,27 +715,24 @@ def comparison_options(run: Run) -> dict[str, Any]:
     return {**options, "compare_max": top, "sizes": sizes}
 
 
-def compare(run: Run) -> None:
+def compare(run: Run, options: dict[str, Any]) -> float:
     """Train and apply each system at growing training sizes; write compare.csv, row by row."""
-    options = comparison_options(run)
-    if not run.begin("compare", options):
-        return
-    path, sizes = run.folder / "compare.csv", options["sizes"]
+    path, steps = run.folder / "compare.csv", [*itertools.product(options["sizes"], SYSTEMS)]
     rows = metrics.read_csv(path)[1] if path.exists() else []
     # In a random order, but for one image of each class at the head: a prefix has every class.
     order = random.Random(options["seed"]).sample(run.split.train.tolist(), len(run.split.train))
     head = {int(run.images.labels[index]): index for index in reversed(order)}
-    order = np.array([*head.values(), *(index for index in order if index not in {*head.values()})])
-    progress, done = Progress("compare", len(SYSTEMS) * sum(sizes)), 0
-    for number, (size, system) in enumerate(itertools.product(sizes, SYSTEMS)):
-        if number == len(rows):
-            progress(done, f"{system}, {size:,} images")
-            rows.append(measure(run, system, order[:size], options))
-            run.write("compare.csv", metrics.csv_text(COMPARE_HEADER, rows))
-            accuracy = f"accuracy {rows[-1][2]:.4f}"
-            progress(done + size, f"{system}, {size:,} images: {accuracy}", step=True)
+    order = np.array([*dict.fromkeys([*head.values(), *order])])
+    progress = Progress("compare", sum(size for size, _ in steps))
+    done = sum(size for size, _ in steps[: len(rows)])
+    for size, system in steps[len(rows) :]:
+        text = f"{system}, {size:,} images"
+        progress(done, text)
+        rows.append(measure(run, system, order[:size], options))
+        run.write("compare.csv", metrics.csv_text(COMPARE_HEADER, rows))
         done += size
-    run.finish("compare", sum(read_column(path, "train_seconds")))
+        progress(done, f"{text}: accuracy {rows[-1][2]:.4f}", step=True)
+    return sum(read_column(path, "train_seconds"))
 
 
 def growth(path: Path) -> list[list[str]]:
@@ -905,35 +880,36 @@ def alike(a: str, b: str) -> bool:
 
 
 def differences(folder: Path, name: str, header: Sequence[str], rows: Sequence) -> Problems:
-    """Compare a CSV file with what it should hold, cell by cell."""
+    """Compare a CSV file with what it should hold, up to the first cell that differs."""
     if not (folder / name).exists():
         yield f"{name} is missing"
         return
     stored_header, stored = metrics.read_csv(folder / name)
     lines = itertools.zip_longest([stored_header, *stored], [header, *rows], fillvalue=())
-    found = []
     for number, (ours, theirs) in enumerate(lines, 1):
         for k, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="")):
             if not alike(a, str(b)):
-                where = header[k] if k < len(header) else k + 1
-                found.append(f"{name} row {number}, column {where}: {a}, recomputed {b}")
-    if found:
-        yield found[0] + f" (and {len(found) - 1} more cells)" * (len(found) > 1)
+                column = stored_header[k] if k < len(stored_header) else k + 1
+                yield f"{name} row {number}, column {column}: {a}, recomputed {b}"
+                return
 
 
 def audit_record(run: Run) -> Problems:
     """Check what run.json says of data and split, and that it tells of every stage."""
-    for key, stored in run.other_data().items():
-        yield f"run.json data, {key}: {stored!r:.120}, recomputed {run.about[key]!r:.120}"
-    for stage in ("tune", "train", "test", "compare"):
-        for name in FILES[stage] if stage not in run.record else ():
+    if not run.record:
+        yield "run.json is missing or changed: SHA256SUMS alone is checked"
+        return
+    if other := run.other_data():
+        yield f"run.json data: {other}"
+    for stage in set(STAGES) - set(run.record):
+        for name in FILES[stage]:
             if (run.folder / name).exists():  # nothing else would check it
                 yield f"{name} is there, but run.json tells of no {stage}"
 
 
 def audit_search(run: Run) -> Problems:
     """Replay the search: its configurations follow from the seed, the rest from the losses."""
-    log, options = run.folder / "tuning.jsonl", run.record["tune"]["options"]
+    log, options = run.folder / "tuning.jsonl", run.begun("tune")
     schedule = brackets(options)
     best = hyperband.replay(log, SPACE, schedule, options["seed"], options["retrain"]).best
     if (run.folder / "best.json").read_bytes() != best_text(best).encode():
@@ -942,7 +918,7 @@ def audit_search(run: Run) -> Problems:
 
 def audit_training(run: Run) -> Problems:
     """Replay the learning rates of history.csv; check the hyperparameters that have a name."""
-    path, options = run.folder / "history.csv", run.record["train"]["options"]
+    path, options = run.folder / "history.csv", run.begun("train")
     hyperparameters, name = model.Hyperparameters(**options["values"]), options["hyperparameters"]
     rates = model.learning_rates(hyperparameters, read_column(path, "valid_loss"))
     rows = zip(range(hyperparameters.epochs), rates, metrics.read_csv(path)[1], strict=False)
@@ -950,17 +926,16 @@ def audit_training(run: Run) -> Problems:
     yield from differences(run.folder, "history.csv", model.EpochRecord._fields, expected)
     if len(expected) < hyperparameters.epochs:
         yield f"history.csv has {len(expected)} epochs, run.json tells of {hyperparameters.epochs}"
-    named = NAMED.get(name)  # a file of the user's own is not here
-    if name == "tuned":
-        named = read_hyperparameters(run.home / "best.json")
-    if named and replace(named, epochs=hyperparameters.epochs) != hyperparameters:
-        yield f"run.json train: the values are not those of the {name} hyperparameters"
+    if name in (*NAMED, "tuned"):  # else a file of the user's own
+        named = replace(hyperparameters_of(run, name), epochs=hyperparameters.epochs)
+        if named != hyperparameters:
+            yield f"run.json train: the values are not those of the {name} hyperparameters"
 
 
 def audit_network(run: Run) -> Problems:
     """Check the last row of history.csv against model.pt and the validation images."""
     network = model.load_network(run.folder / "model.pt")
-    options = run.record["train"]["options"]
+    options = run.begun("train")
     expected = run.network(model.Hyperparameters(**options["values"]))
     if network.config != expected:
         yield f"model.pt is {network.config!r:.120}, run.json tells of {expected!r:.120}"
@@ -1016,8 +991,7 @@ def audit_report(run: Run) -> Problems:
 def audit_poster(run: Run) -> Problems:
     """Check the poster's results against each other."""
     folder = run.folder
-    _, cells = metrics.read_csv(folder / "confusion.csv")
-    matrix = np.array([list(map(int, row[1:])) for row in cells])
+    matrix = metrics.read_confusion(folder)
     values = metrics.summary_from_confusion(matrix).values()
     printed = read_column(folder / "table.csv", "value")
     for name, value, stored in zip(METRIC_NAMES.values(), values, printed, strict=True):
@@ -1034,72 +1008,57 @@ def audit_poster(run: Run) -> Problems:
             yield f"auc.csv class {k}: {stored}, the curve gives {area:.4f}"
 
 
-def checks(run: Run) -> Iterator[tuple[str, Problems]]:
-    """Yield what is checked, and the problems found, of each group of checks."""
-    done, images, one = run.done, run.images is not None, not run.seeds
-    report, poster = run.record and (run.folder / "report.md").exists(), is_poster(run.folder)
+def audit_files(run: Run) -> Problems:
+    """Compare every file with SHA256SUMS."""
+    if not (run.folder / "SHA256SUMS").exists():
+        yield "SHA256SUMS is missing: the last command did not end"
+        return
+    sums, present = read_sums(run.folder), files_in(run.folder)
+    for name in sorted(sums.keys() | present):
+        if name not in present:
+            yield f"{name} is missing"
+        elif name not in sums:
+            yield f"{name} is none of the run's files"
+        elif sums[name] != sha256(run.folder / name):
+            yield f"{name} is not as it was written"
+
+
+def audit(run: Run) -> bool:
+    """Check a results folder without training; print a line a group of checks or a wrong file.
+
+    Without images (``--no-model``), neither model.pt nor the data are looked at.
+    """
+    folder, done, images = run.folder, run.done, run.images is not None
+    one, poster, told = not run.seeds, is_poster(folder), set()
+    print(f"verify   {folder}")
     for applies, what, check in (
-        (run.record, "run.json is true of data, split and files", audit_record),
+        (not poster, "run.json is true of data, split and files", audit_record),
         ("tune" in done, "the search follows from its seed and losses", audit_search),
         ("train" in done and one, "the learning rates follow from the losses", audit_training),
         ("train" in done and one and images, "the last validation is model.pt's", audit_network),
         ("test" in done and one and images, "the predictions are model.pt's", audit_predictions),
         ("test" in done, "tables, curves and AUCs follow from the predictions", audit_tables),
-        (report, "report.md follows from the files", audit_report),
+        (run.record, "report.md follows from the files", audit_report),
         (poster, "the poster's table follows from its matrix, AUCs from curves", audit_poster),
+        (True, "the files are as SHA256SUMS has them", audit_files),
     ):
-        if applies:
-            yield what, check(run)
-
-
-def changed_files(folder: Path) -> dict[str, str]:
-    """Tell of every file that is not as SHA256SUMS has it what is wrong with it."""
-    if not (folder / "SHA256SUMS").exists():
-        return {"SHA256SUMS": "is missing: the last command did not end"}
-    sums, present = read_sums(folder), files_in(folder)
-    changed = dict.fromkeys(sums.keys() - present, "is missing")
-    changed |= dict.fromkeys(present - sums.keys(), "is none of the run's files")
-    for name in present & sums.keys():
-        if sums[name] != sha256(folder / name):
-            changed[name] = "is not as it was written"
-    return changed
-
-
-def audit(run: Run) -> bool:
-    """Check a results folder without training, and print a line a group of checks or a problem.
-
-    Without images (``--no-model``), neither model.pt nor the data are looked at.
-    """
-    folder, told, changed = run.folder, [], changed_files(run.folder)
-    print(f"verify   {folder}")
-    if not run.record and not is_poster(folder):
-        problem = changed.get("run.json", "is missing or damaged")
-        changed["run.json"] = f"{problem}: SHA256SUMS alone is checked"
-    for what, problems in checks(run):
         try:
-            found = [*problems]
+            found = [*check(run)] if applies else []
         except (OSError, RunError, *LIBRARIES) as error:
-            text = str(error)
-            if isinstance(error, OSError):
-                missing = isinstance(error, FileNotFoundError)
-                text = f"{error.filename} {'is missing' if missing else error.strerror}"
-            found = [text.replace(f"{folder}{os.sep}", "")]
-        new = [problem for problem in found if problem not in told]
+            found = [one_line(error).replace(f"{folder}{os.sep}", "")]
+        # Of each file the first check that fails, as the others follow from it.
+        new = {problem: re.split("[ :]", problem)[0] for problem in found}
+        new = {problem: name for problem, name in new.items() if name not in told}
         for problem in new:
             print(f"WRONG    {problem}")
-        if not new:
+        if applies and not new:
             print(f"-        {what}: not checked" if found else f"ok       {what}")
-        told += new
-    for name in sorted(changed):
-        if not any(problem.startswith(name) for problem in told):
-            print(f"WRONG    {name} {changed[name]}")
-    for stage in [key for key in FILES if key in run.record and key not in run.done]:
+        told.update(new.values())
+    for stage in [stage for stage in STAGES if stage in run.record and stage not in done]:
         print(f"-        {stage} has not ended: not checked")
-    if not changed:
-        print(f"ok       {len(files_in(folder))} files are as SHA256SUMS has them")
     if run.record:
         print(f"on trust {ON_TRUST}")
-    return not (told or changed)
+    return not told
 
 
 def audit_all(run: Run) -> bool:
@@ -1116,34 +1075,39 @@ def is_poster(folder: Path) -> bool:
 
 # --------------------------------------------------------------------------- the command line
 
-CHAIN = ("tune", "train", "test", "figures", "report")
-STAGES = {"tune": tune, "train": train, "test": test}
-STAGES |= {"compare": compare, "figures": figures, "report": report}
-# The report tells of everything, so every command ends with it.
-COMMANDS = {"all": CHAIN, "tune": ("tune", "report"), "train": ("train", "report")}
-COMMANDS |= {"test": CHAIN[2:], "compare": ("compare", *CHAIN[3:])}
-COMMANDS |= {"figures": CHAIN[3:], "report": CHAIN[4:], "verify": ()}
-# What decides the outcome of the stages that are done once.
-OPTIONS = {"tune": tuning_options, "train": training_options, "compare": comparison_options}
+# What decides a stage's outcome, by which it is done once, and what carries it out and returns its
+# seconds. The other stages, figures and report, are done whenever asked, last.
+STAGES = {
+    "tune": (tuning_options, tune),
+    "train": (training_options, train),
+    "test": (lambda run: {}, test),
+    "compare": (comparison_options, compare),
+}
+COMMANDS = {  # the report tells of everything, so every command ends with it
+    "all": ("tune", "train", "test", "figures", "report"),
+    "tune": ("tune", "report"),
+    "train": ("train", "report"),
+    "test": ("test", "figures", "report"),
+    "compare": ("compare", "figures", "report"),
+    "figures": ("figures", "report"),
+    "report": ("report",),
+    "verify": (),
+}
 
 
-def number_from(least: int) -> Callable[[str], int]:
-    """Make an argument type: a whole number up to the largest seed."""
-
-    def convert(text: str) -> int:
-        if text.isdecimal() and len(text) < 11 and least <= int(text) < 2**32:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r:.20} is no whole number from {least} to 2^32-1")
-
-    return convert
+def number(least: int, text: str) -> int:
+    """Read a whole number up to the largest seed."""
+    if text.isdecimal() and least <= int(text) < 2**32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r:.20} is no whole number from {least} to 2^32-1")
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the command line; what is wrong in it or without effect ends the program in one line."""
     parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
-    stages_of, whole = {}, {"metavar": "N", "type": number_from(1)}
-    seed = {"metavar": "N", "type": number_from(0)}
+    stages_of, whole = {}, {"metavar": "N", "type": partial(number, 1)}
+    seed = {"metavar": "N", "type": partial(number, 0)}
 
     def add(option: str, stages: str, text: str, **settings: Any) -> None:
         """Add an option that has an effect on these stages alone, or on any."""
@@ -1155,7 +1119,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--stage", "", text, choices=COMMANDS, default="all")
     add("--results", "", "folder of the run; default: results/DATA", metavar="DIR")
     text = "do again what is done, and drop what followed from it"
-    add("--overwrite", " ".join(("all", *STAGES)), text, action="store_true")
+    add(
+        "--overwrite",
+        " ".join(name for name in COMMANDS if name != "verify"),
+        text,
+        action="store_true",
+    )
     add("--no-model", "verify", "verify without model and images", action="store_true")
 
     group = parser.add_argument_group("data")
@@ -1173,7 +1142,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     text = "most epochs of a trial of Hyperband's; default: 81"
     add("--max-resource", search, text, default=81, **whole)
     text = "one in N survives a rung of Hyperband's; default: 3"
-    add("--eta", search, text, metavar="N", type=number_from(2), default=3)
+    add("--eta", search, text, metavar="N", type=partial(number, 2), default=3)
     text = "train every rung from scratch, not from the last one"
     add("--retrain", search, text, action="store_true")
     add("--workers", search, "trials at a time; default: a core each, or 1 on a GPU", **whole)
@@ -1239,10 +1208,8 @@ def open_run(options: Namespace) -> Run:
     if options.data == "auto" and about:
         options.data = about["source"]
         if os.sep in options.data and not Path(options.data).exists():
-            raise RunError(
-                f"{options.data}, of which {folder} was made, is gone: give its new place by "
-                "--data" + ", or say --no-model" * (stage == "verify")
-            )
+            advice = "give its new place by --data" + ", or say --no-model" * (stage == "verify")
+            raise RunError(f"{options.data}, of which {folder} was made, is gone: {advice}")
     progress = Progress("data", 1)
 
     def show(done: int, total: int) -> None:
@@ -1251,10 +1218,12 @@ def open_run(options: Namespace) -> Run:
         progress(done, text, step=done == total)
 
     images = data.load(options.data, options.root, stage != "verify", show)
-    about = about if about.get("md5") == images.md5 else {}
-    options.split = options.split or about.get("split", "poster")
-    if options.split_seed is None:
-        options.split_seed = about.get("split_seed", 0)
+    if about.get("md5") == images.md5:
+        options.split = options.split or about["split"]
+        options.split_seed = (
+            about["split_seed"] if options.split_seed is None else options.split_seed
+        )
+    options.split, options.split_seed = options.split or "poster", options.split_seed or 0
     return Run(folder or Path("results", images.name), images, options)
 
 
@@ -1265,14 +1234,11 @@ def plan(run: Run, stages: Sequence[str]) -> None:
     if files and not (folder / "run.json").exists() and not is_poster(folder):
         raise RunError(f"{folder} holds other files, and no run.json: choose another --results")
     if other and not options.overwrite:
-        name = next(iter(other))
-        raise RunError(
-            f"{folder} holds another run, with {name} {other[name]!r:.99}, not "
-            f"{run.about[name]!r:.99}: choose another --results, or say --overwrite"
-        )
+        advice = "choose another --results, or say --overwrite"
+        raise RunError(f"{folder} holds another run, with {other}: {advice}")
     if other:
         run.record = {}
-    if "test" in stages and "train" not in stages:
+    if options.stage == "test":
         if "train" not in run.done:
             raise RunError(f"{folder} holds no trained network: run --stage train first")
         if not run.seeds:
@@ -1281,13 +1247,13 @@ def plan(run: Run, stages: Sequence[str]) -> None:
     if run.images is not None:
         beside = "" if comparable(run.about) else "; not comparable with the poster"
         lines.append(f"data     {run.images.source}: {description(run.about)}{beside}")
-    for stage in [stage for stage in stages if stage in OPTIONS]:
-        tuned = stage != "tune" and options.hyperparameters == "tuned"
-        if tuned and "tune" in stages:  # nobody knows yet what it will find
-            continue
-        if tuned and "tune" not in run.done:
-            raise RunError(f"{folder} holds no finished search: run --stage tune first")
-        wanted = OPTIONS[stage](run)
+    for stage in [stage for stage in stages if stage in STAGES and stage != "test"]:
+        if stage != "tune" and options.hyperparameters == "tuned":
+            if "tune" in stages:  # nobody knows yet what it will find
+                continue
+            if "tune" not in run.done:
+                raise RunError(f"{folder} holds no finished search: run --stage tune first")
+        wanted = STAGES[stage][0](run)
         if not options.overwrite:
             run.check(stage, wanted)
         names = [name for name in wanted if name not in ("values", "sizes")]
@@ -1303,20 +1269,34 @@ def plan(run: Run, stages: Sequence[str]) -> None:
 
 def do(run: Run, stages: Sequence[str]) -> None:
     """Do stages in a folder, of which several seeds have one each for training and test."""
-    run.unseal(stages)
-    for stage in stages:
-        ones = run.seeds if stage in ("train", "test") else []
-        if not ones:
-            STAGES[stage](run)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    remove(run.folder / "SHA256SUMS")
+    if run.options.overwrite:
+        for stage in stages if run.images is None or "data" in run.record else FILES:
+            run.drop(stage)
+    if run.images is not None:
+        run.record["data"] = run.about
+        run.save()
+    for stage in [stage for stage in stages if stage in STAGES]:
+        options_of, carry_out = STAGES[stage]
+        options = options_of(run)
+        if not run.begin(stage, options):
             continue
-        if not run.begin(stage, training_options(run) if stage == "train" else {}):
-            continue
-        for one in ones:
-            print(f"results  {one.folder}")
-            do(one, [each for each in COMMANDS[stage] if each in stages])
-        if stage == "test":
-            run.write("seeds.csv", metrics.csv_text(*seeds_table(run)))
-        run.finish(stage, sum(one.record[stage]["seconds"] for one in ones))
+        if ones := run.seeds if stage in ("train", "test") else []:
+            for one in ones:
+                print(f"results  {one.folder}")
+                do(one, [each for each in COMMANDS[stage] if each in stages])
+            if stage == "test":
+                run.write("seeds.csv", metrics.csv_text(*seeds_table(run)))
+            seconds = sum(one.record[stage]["seconds"] for one in ones)
+        else:
+            seconds = carry_out(run, options)
+        run.record[stage]["seconds"] = seconds
+        run.save()
+    if "figures" in stages:
+        figures(run)
+    if "report" in stages:
+        report(run)
     run.seal()
 
 
@@ -1379,14 +1359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # what read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
-        return 2
-    except (RunError, *LIBRARIES) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'writing'}: {error.strerror or error}"
     except (MemoryError, model.torch.OutOfMemoryError) as error:
-        message = f"out of memory ({str(error)[:100]})"
-    print(f"reproduce.py: error: {message}", file=sys.stderr)
+        print(f"reproduce.py: error: out of memory ({error!s:.100})", file=sys.stderr)
+    except (OSError, RunError, *LIBRARIES) as error:
+        print(f"reproduce.py: error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -261,7 +261,7 @@ def test_several_seeds(tiny, tmp_path, capsys):
     assert status == 1 and wrong == ["WRONG    history.csv is missing"]
     change(folder, "run.json", '"seeds": [', '"seeds": [7,')
     status, wrong = verify(capsys, folder)
-    assert status == 1 and wrong[0].startswith("WRONG    run.json is not as it was written")
+    assert status == 1 and wrong[0].startswith("WRONG    run.json is missing or changed")
 
 
 def test_overwriting_one_run_with_several(finished, tiny):
@@ -582,7 +582,10 @@ def test_a_missing_file_spoils_only_the_checks_that_need_it(finished, capsys):
 @pytest.mark.parametrize(
     ("spoil", "wrong"),
     [
-        (lambda f: (f / "run.json").unlink(), "run.json is missing: SHA256SUMS alone is checked"),
+        (
+            lambda f: (f / "run.json").unlink(),
+            "run.json is missing or changed: SHA256SUMS alone is checked",
+        ),
         (lambda f: (f / "run.json").write_text('{"data": 3}'), "run.json"),
         (lambda f: (f / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
     ],
