@@ -62,6 +62,9 @@ class RunError(ValueError):
     """The command cannot be carried out as it was given; the message is one line."""
 
 
+ADVICE = "give that, choose another --results, or say --overwrite"
+
+
 # ------------------------------------------------------------------------ what the poster says
 
 REFERENCE = Path(__file__).resolve().parent / "results" / "reference"
@@ -157,6 +160,7 @@ class Run:
     def __init__(self, folder: Path, images: data.ImageData | None, options: Namespace) -> None:
         self.folder, self.images, self.options = folder, images, options
         self.record, self.sums = read_record(folder, options), read_sums(folder)
+        self.about = self.record.get("data", {})
         if images is None:
             return
         self.split = data.split(images, options.split, options.split_seed)
@@ -196,14 +200,16 @@ class Run:
 
     def other_data(self) -> str:
         """Say what run.json has otherwise of data and split; a moved file is the same data."""
-        if self.images is None or "data" not in self.record:
-            return ""
-        moved = {name: self.about[name] for name in ("name", "source")}
-        return difference({**self.record["data"], **moved}, self.about)
+        return difference(self.record.get("data", self.about), self.about, ("name", "source"))
 
     def part(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copy out the images and labels of an index array."""
         return self.images.images[index], self.images.labels[index]
+
+    def settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of `model.fit` that a stage's options and the command decide."""
+        settings = {name: options[name] for name in ("seed", "precision")}
+        return {**settings, "device": self.options.device, "compile": options.get("compile", "off")}
 
     def network(self, hyperparameters: model.Hyperparameters, name: str = "PosterCNN") -> dict:
         """Size a network for these images: the `config` of `model.build`."""
@@ -229,14 +235,11 @@ class Run:
 
     def check(self, stage: str, options: dict[str, Any]) -> None:
         """Raise RunError where the stage was begun with other options."""
-        begun, options = ({**o, **o.get("values", {})} for o in (self.begun(stage), options))
-        for ours in (begun, options):  # the values count, not where they were read
-            ours.pop("values", None), ours.pop("hyperparameters", None)
-        if stage in self.record and (other := difference(begun, options)):
-            raise RunError(
-                f"{self.folder}: {stage} was begun with {other}: give that, choose another "
-                "--results, or say --overwrite"
-            )
+        begun, wanted = ({**o, **o.get("values", {})} for o in (self.begun(stage), options))
+        # The values count, not where they were read.
+        other = difference(begun, wanted, ("values", "hyperparameters"))
+        if stage in self.record and other:
+            raise RunError(f"{self.folder}: {stage} was begun with {other}: {ADVICE}")
 
     def begin(self, stage: str, options: dict[str, Any]) -> bool:
         """Record what a stage is about to do, and where; False where it is done already."""
@@ -254,12 +257,11 @@ class Run:
 
     def drop(self, stage: str) -> None:
         """Forget a stage, then remove its files; before it, what follows from it."""
-        following = {"train": ["test"], "figures": [], "report": []}
-        for later in following.get(stage, ["figures", "report"]):
+        tuned = [s for s in ("train", "compare") if self.begun(s).get("hyperparameters") == "tuned"]
+        last = ["figures", "report"]
+        following = {"tune": tuned + last, "train": ["test"], "test": last, "compare": last}
+        for later in following.get(stage, ()):
             self.drop(later)
-        for later in ("train", "compare") if stage == "tune" else ():
-            if self.begun(later).get("hyperparameters") == "tuned":
-                self.drop(later)
         if self.record.pop(stage, None):
             self.save()
         self.forget(stage)
@@ -279,21 +281,20 @@ class Run:
         A file that this command has not written keeps its line: what was changed by hand, or is
         missing, is never sealed as the run's own.
         """
-        remains = [*self.folder.glob("*.tmp")]  # of a kill
-        # By these an interrupted stage goes on; done, it needs them no more.
-        remains += [self.folder / "trials"] * ("tune" in self.done)
-        remains += [self.folder / "training.pt"] * ("train" in self.done)
-        for path in remains:
+        # What kills have left, and what a stage needs no more to go on, as it is done.
+        needless = {"tune": "trials", "train": "training.pt"}
+        remains = [needless[stage] for stage in self.done if stage in needless]
+        for path in [*self.folder.glob("*.tmp"), *(self.folder / name for name in remains)]:
             remove(path)
         new = {n: sha256(self.folder / n) for n in files_in(self.folder) if n not in self.sums}
         lines = (f"{digest}  {name}\n" for name, digest in sorted((self.sums | new).items()))
         metrics.write(self.folder / "SHA256SUMS", "".join(lines))
 
 
-def difference(known: dict[str, Any], given: dict[str, Any]) -> str:
+def difference(known: dict[str, Any], given: dict[str, Any], ignored: Sequence[str]) -> str:
     """Say what is known otherwise than it is given, if anything."""
     for name, value in given.items():
-        if known.get(name) != value:
+        if name not in ignored and known.get(name) != value:
             return f"{name} {known.get(name)!r:.99}, not {value!r:.99}"
     return ""
 
@@ -323,8 +324,7 @@ def remove(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def files_in(folder: Path) -> set[str]:
@@ -349,9 +349,7 @@ def locked(folder: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"{folder} is in use by another process: wait for it, or choose another --results"
-            ) from None
+            raise RunError(f"{folder} is in use by another process: wait for it") from None
         except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         yield
@@ -377,29 +375,24 @@ def environment(device: Any) -> dict[str, Any]:
 
 
 def trial_loss(
-    arrays: Sequence[np.ndarray],
-    network: dict[str, Any],
-    settings: dict[str, Any],
-    configuration: dict[str, Any],
-    previous: int,
-    resource: int,
-    folder: Path,
+    given: tuple, configuration: dict[str, Any], previous: int, resource: int, folder: Path
 ) -> float:
     """Train a configuration on from its checkpoint; return its validation loss after `resource`.
 
-    `arrays` are images and labels for training and for validation; `network`, but for its width, is
-    a `config` of `model.build`.
+    `given` are images and labels for training and for validation; a `config` of `model.build`, but
+    for its width; settings of `model.fit`.
     """
+    arrays, network, settings = given
     hyperparameters = replace(model.POSTER, **configuration, epochs=resource)
     network = {**network, "num_features": hyperparameters.num_features}
-    settings = {**settings, "compile": "off", "checkpoint": folder / "training.pt"}
+    settings = {**settings, "checkpoint": folder / "training.pt"}
     try:
         with model.one_thread():  # so that losses do not depend on the number of workers
             built = model.build(network, settings["seed"])
             return model.fit(built, *arrays, hyperparameters, **settings)[-1].valid_loss
     except model.CheckpointError:  # damaged, which is no fault of the configuration
         settings["checkpoint"].unlink()
-        return trial_loss(arrays, network, settings, configuration, previous, resource, folder)
+        return trial_loss(given, configuration, previous, resource, folder)
 
 
 def tuning_options(run: Run) -> dict[str, Any]:
@@ -420,11 +413,8 @@ def brackets(options: dict[str, Any]) -> list[list[hyperband.Rung]]:
 def tune(run: Run, options: dict[str, Any]) -> float:
     """Search SPACE by successive halving; write tuning.jsonl, a line a trial, and best.json."""
     schedule, seed, retrain = brackets(options), options["seed"], options["retrain"]
-    split = data.tuning_split(run.split, TUNING_IMAGES, seed)
-    arrays = *run.part(split.train), *run.part(split.valid)
     total = sum(hyperband.total_resource(rungs, retrain) for rungs in schedule)
-    progress = Progress("tune", total)
-    epochs, lowest = 0, math.inf
+    progress, epochs, lowest = Progress("tune", total), 0, math.inf
 
     def on_trial(trial: hyperband.Trial, replayed: bool) -> None:
         nonlocal epochs, lowest
@@ -435,26 +425,19 @@ def tune(run: Run, options: dict[str, Any]) -> float:
         if replayed:  # which says nothing of the speed of what follows
             progress.first = epochs
             return
-        at = f"{rungs[trial.rung].configurations}@{trial.resource}"
-        outcome = trial.error or f"loss {trial.loss:.4f}"
-        text = f"{epochs}/{total} epochs, rung {at}, trial {trial.trial}: {outcome}"
-        progress(epochs, f"{text}, lowest {lowest:.4f}", step=True)
+        outcome = trial.error or f"loss {trial.loss:.4f}, lowest {lowest:.4f}"
+        at = f"rung {rungs[trial.rung].configurations}@{trial.resource}, trial {trial.trial}"
+        progress(epochs, f"{epochs}/{total} epochs, {at}: {outcome}", step=True)
 
-    settings = {"seed": seed, "device": run.options.device, "precision": options["precision"]}
-    objective = partial(trial_loss, arrays, run.network(model.POSTER), settings)
+    split = data.tuning_split(run.split, TUNING_IMAGES, seed)
+    arrays = *run.part(split.train), *run.part(split.valid)
+    given = arrays, run.network(model.POSTER), run.settings(options)
+    places = {"log": run.folder / "tuning.jsonl", "folder": run.folder.absolute() / "trials"}
     progress(0, "begins")
     with trial_executor(run.options) as executor:
-        result = hyperband.search(
-            objective,
-            SPACE,
-            schedule,
-            seed,
-            log=run.folder / "tuning.jsonl",
-            folder=run.folder.absolute() / "trials",
-            retrain=retrain,
-            executor=executor,
-            on_trial=on_trial,
-        )
+        how = {"retrain": retrain, "executor": executor, "on_trial": on_trial}
+        objective = partial(trial_loss, given)
+        result = hyperband.search(objective, SPACE, schedule, seed, **places, **how)
     run.write("best.json", best_text(result.best))
     return sum(trial.seconds for trial in result.trials)
 
@@ -475,7 +458,15 @@ def trial_executor(options: Namespace) -> Iterator[Executor | None]:
     elif options.workers == 1:
         yield None
     else:
-        pool = start_processes(options.workers)
+        # Uncompiled training allocates its feature maps at each step; glibc's malloc by default
+        # gives such large blocks back to the system: the page faults cost 5 to 25 % of a trial.
+        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            os.environ.setdefault(name, str(2**32))  # bytes; read at a process's start
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(options.workers, spawn, end_with_parent)
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which new processes inherit
+        pool.map(abs, range(options.workers))  # starts a process each, as none is idle yet
+        signal.signal(signal.SIGINT, heard)
         try:
             yield pool
         except BaseException:  # Ctrl-C above all: nobody waits for trials, which may take minutes
@@ -484,19 +475,6 @@ def trial_executor(options: Namespace) -> Iterator[Executor | None]:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def start_processes(count: int) -> ProcessPoolExecutor:
-    """Start worker processes that never hear Ctrl-C and that end with this one."""
-    # Uncompiled training allocates its feature maps at each step; glibc's malloc by default gives
-    # such large blocks back to the system at once: the page faults cost 5 to 25 % of a trial.
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(name, str(2**32))  # bytes; read at a process's start
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), end_with_parent)
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which new processes inherit
-    pool.map(abs, range(count))  # starts a process each, as none is idle yet
-    signal.signal(signal.SIGINT, heard)
-    return pool
 
 
 def end_with_parent() -> None:
@@ -531,11 +509,10 @@ def hyperparameters_of(run: Run, name: str) -> model.Hyperparameters:
     if name in NAMED:
         return NAMED[name]
     path = run.folder / "best.json" if name == "tuned" else Path(name)
-    if run.folder.name.startswith("seed-") and not path.exists():  # one of several in a run
-        path = run.folder.parent / "best.json"
-    content = path.read_bytes()
+    if name == "tuned" and not path.exists() and run.folder.name.startswith("seed-"):
+        path = run.folder.parent / "best.json"  # of the run that this is a seed of
     try:
-        found = json.loads(content)
+        found = json.loads(path.read_bytes())
         return model.Hyperparameters(**found.get("hyperparameters", found))
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise RunError(f"{path} holds no hyperparameters: {error}") from None
@@ -576,10 +553,7 @@ def train(run: Run, options: dict[str, Any]) -> float:
         *run.part(run.split.train),
         *run.part(run.split.valid),
         hyperparameters,
-        seed=options["seed"],
-        device=run.options.device,
-        precision=options["precision"],
-        compile=options["compile"],
+        **run.settings(options),
         checkpoint=run.folder / "training.pt",
         on_epoch=on_epoch,
         on_batch=lambda epoch, done: progress(epoch + done / images, last),
@@ -621,9 +595,8 @@ def derived(predictions: metrics.Predictions, about: dict[str, Any]) -> dict[str
         tolerances = [TOLERANCE[key] for key in METRIC_NAMES] + [TOLERANCE["auc"]] * len(areas)
         poster = read_column(POSTER / "table.csv", "value") + read_column(POSTER / "auc.csv", "auc")
         for row, printed, tolerance in zip(rows, poster, tolerances, strict=True):
-            difference = row[1] - printed
-            verdict = "within" if abs(difference) <= tolerance else "outside"
-            row += [printed, difference, tolerance, verdict]
+            verdict = "within" if abs(row[1] - printed) <= tolerance else "outside"
+            row += [printed, row[1] - printed, tolerance, verdict]
     return tables
 
 
@@ -662,20 +635,17 @@ def train_system(
     from sklearn.svm import SVC, LinearSVC
 
     images, labels = run.part(index)
-    seed, device = options["seed"], run.options.device
     if system in model.NETWORKS:
         hyperparameters = model.Hyperparameters(**options["values"])
         if system == "NephNet2D":
             hyperparameters = replace(hyperparameters, num_features=32)
-        network = model.build(run.network(hyperparameters, system), seed)
+        network = model.build(run.network(hyperparameters, system), options["seed"])
         valid = run.part(run.split.valid[: max(1, len(images) // 4)])  # the poster's 80/20
-        settings = {"seed": seed, "device": device, "precision": options["precision"]}
-        settings["compile"] = "off"  # else its time would jump where compiling begins to pay
-        model.fit(network, images, labels, *valid, hyperparameters, **settings)
-        kept = network.state_dict()
-        return lambda x: model.predict(network, x, device=device).numpy().argmax(1), kept
+        model.fit(network, images, labels, *valid, hyperparameters, **run.settings(options))
+        predict = partial(model.predict, network, device=run.options.device)
+        return lambda x: predict(x).numpy().argmax(1), network.state_dict()
     classifiers = {"KNN": KNeighborsClassifier(), "SVM (RBF)": SVC()}
-    classifiers["SVM (linear)"] = LinearSVC(random_state=seed)
+    classifiers["SVM (linear)"] = LinearSVC(random_state=options["seed"])
     classifier = classifiers[system].fit(flat_pixels(images), labels)
     return lambda x: classifier.predict(flat_pixels(x)), classifier
 
@@ -705,7 +675,7 @@ def measure(run: Run, system: str, index: np.ndarray, options: dict[str, Any]) -
 def comparison_options(run: Run) -> dict[str, Any]:
     """Say what decides the comparison's outcome, beside the data."""
     options = training_options(run)
-    del options["compile"]
+    del options["compile"]  # a system's time would jump where it begins to pay
     top = min(run.options.compare_max, len(run.split.train))
     if top < 10:
         raise RunError(f"{top} training images are too few to compare: give 10 or more")
@@ -774,20 +744,16 @@ def figures(run: Run) -> None:
 
 def report(run: Run) -> None:
     """Write report.md."""
-    run.drop("report")
     run.write("report.md", report_text(run))
     print(f"report   {run.folder / 'report.md'}")
 
 
 def description(about: dict[str, Any]) -> str:
     """Say what a run is on, given run.json's `data`."""
-    count, *shape = about["shape"]
+    shape, classes = "x".join(map(str, about["shape"])), len(about["class_names"])
     sizes = " / ".join(f"{size:,}" for size in about["sizes"])
-    return (
-        f"{count:,} images of {'x'.join(map(str, shape))} pixels, {len(about['class_names'])} "
-        f"classes, MD5 {about['md5']}; {about['split']} split: {sizes} for training / validation / "
-        "test"
-    )
+    text = f"{shape} pixels in {classes} classes, MD5 {about['md5']}; {about['split']} split: "
+    return text + f"{sizes} images for training / validation / test"
 
 
 def report_text(run: Run) -> str:
@@ -795,37 +761,33 @@ def report_text(run: Run) -> str:
     folder, record, stages = run.folder, run.record, run.done
     parts = [f"# {record['data']['name']}: a run of the poster's chain"]
     parts += [f"{description(record['data'])}."]
-    interval = "95 % intervals: bootstrap over test images, DeLong's for AUC"
     for name, title in (
-        ("table.csv", f"Results ({interval})"),
+        ("table.csv", "Results (95 % intervals: bootstrap over test images, DeLong's for AUC)"),
         ("seeds.csv", "Several seeds"),
         ("per_class.csv", "Classes"),
         ("roc/auc.csv", "Area under each ROC curve, by raw logits and by softmax"),
+        ("compare.csv", "KNN, SVM, NephNet2D and PosterCNN"),
     ):
-        if "test" in stages and (folder / name).exists():
+        if (folder / name).exists():
             parts += [f"## {title}", csv_table(folder / name)]
-    if "compare" in stages:
-        parts += ["## KNN, SVM, NephNet2D and PosterCNN"]
-        parts += [csv_table(folder / "compare.csv", last=len(SYSTEMS))]
-        if powers := growth(folder / "compare.csv"):
-            parts += ["Exponent p of the growth n^p with the number n of training images:"]
-            parts += [metrics.markdown_table(["system", *GROWING], powers)]
+    if "compare" in stages and (powers := growth(folder / "compare.csv")):
+        parts += ["Exponent p of the growth n^p with the number n of training images:"]
+        parts += [metrics.markdown_table(["system", *GROWING], powers)]
     for name, (*_, caption) in FIGURES.items():
         if (folder / "figures" / f"{name}.png").exists():
             parts += [f"## {caption}", f"![{caption}](figures/{name}.png)"]
+    parts += ["## The same again", "```bash\n" + "\n".join(commands(record)) + "\n```"]
     rows = [["seconds", *(f"{record[stage]['seconds']:.1f}" for stage in stages)]]
     for key in record[stages[0]]["environment"] if stages else ():
-        rows.append([key, *(str(record[stage]["environment"].get(key)) for stage in stages)])
-    parts += ["## The same again", "```bash\n" + "\n".join(commands(record)) + "\n```"]
+        rows.append([key, *(record[stage]["environment"].get(key) for stage in stages)])
     parts += ["## Environment", metrics.markdown_table(["", *stages], rows)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def csv_table(path: Path, last: int | None = None) -> str:
-    """Show a CSV file, or its last rows, as a Markdown table, fractions to four digits."""
+def csv_table(path: Path) -> str:
+    """Show a CSV file as a Markdown table, fractions to four digits."""
     header, rows = metrics.read_csv(path)
     fraction = re.compile(r"-?\d+\.\d+(e-?\d+)?")
-    rows = rows[-last:] if last else rows
     rows = [[f"{float(c):.4f}" if fraction.fullmatch(c) else c for c in row] for row in rows]
     return metrics.markdown_table(header, rows)
 
@@ -835,25 +797,18 @@ def commands(record: dict[str, Any]) -> list[str]:
 
     A device is named as PyTorch does: another machine may not have it.
     """
-    about = record["data"]
+    about, lines = record["data"], []
     common = {"data": about["source"], "split": about["split"]}
     if about["split"] == "poster":
         common["split_seed"] = about["split_seed"]
     common["results"] = f"results/{about['name']}-again"
-    lines = []
-    for stage in ("tune", "train", "test", "compare"):
-        if stage not in record:
-            continue
-        device = record[stage]["environment"].get("device", "auto")
+    for stage in [stage for stage in STAGES if stage in record]:
         words = ["python", "reproduce.py", "--stage", stage]
-        for name, value in {**common, "device": device, **record[stage]["options"]}.items():
-            option = f"--{name.replace('_', '-')}"
-            if name == "seeds":
-                words += [option, *map(str, value)]
-            elif value is True:
-                words.append(option)
-            elif value is not False and not isinstance(value, dict | list):
-                words += [option, str(value)]
+        common["device"] = record[stage]["environment"].get("device", "auto")
+        for name, value in {**common, **record[stage]["options"]}.items():
+            if value is not False and name not in ("values", "sizes"):
+                words.append(f"--{name.replace('_', '-')}")
+                words += [] if value is True else map(str, value if name == "seeds" else [value])
         lines.append(shlex.join(words))
     return lines
 
@@ -881,9 +836,6 @@ def alike(a: str, b: str) -> bool:
 
 def differences(folder: Path, name: str, header: Sequence[str], rows: Sequence) -> Problems:
     """Compare a CSV file with what it should hold, up to the first cell that differs."""
-    if not (folder / name).exists():
-        yield f"{name} is missing"
-        return
     stored_header, stored = metrics.read_csv(folder / name)
     lines = itertools.zip_longest([stored_header, *stored], [header, *rows], fillvalue=())
     for number, (ours, theirs) in enumerate(lines, 1):
@@ -1040,20 +992,19 @@ def audit(run: Run) -> bool:
         ("test" in done, "tables, curves and AUCs follow from the predictions", audit_tables),
         (run.record, "report.md follows from the files", audit_report),
         (poster, "the poster's table follows from its matrix, AUCs from curves", audit_poster),
-        (True, "the files are as SHA256SUMS has them", audit_files),
+        (True, f"{len(files_in(folder))} files are as SHA256SUMS has them", audit_files),
     ):
         try:
             found = [*check(run)] if applies else []
         except (OSError, RunError, *LIBRARIES) as error:
             found = [one_line(error).replace(f"{folder}{os.sep}", "")]
-        # Of each file the first check that fails, as the others follow from it.
-        new = {problem: re.split("[ :]", problem)[0] for problem in found}
-        new = {problem: name for problem, name in new.items() if name not in told}
-        for problem in new:
+        names = [re.split("[ :]", problem)[0] for problem in found]
+        new = [problem for problem, name in zip(found, names, strict=True) if name not in told]
+        for problem in new:  # of a file that an earlier group has told of, one is enough
             print(f"WRONG    {problem}")
         if applies and not new:
-            print(f"-        {what}: not checked" if found else f"ok       {what}")
-        told.update(new.values())
+            print(f"-        {what}: see above" if found else f"ok       {what}")
+        told |= {*names}
     for stage in [stage for stage in STAGES if stage in run.record and stage not in done]:
         print(f"-        {stage} has not ended: not checked")
     if run.record:
@@ -1118,13 +1069,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     text = "all: tune, train, test, figures, report, verify in turn; compare: KNN, SVM and networks"
     add("--stage", "", text, choices=COMMANDS, default="all")
     add("--results", "", "folder of the run; default: results/DATA", metavar="DIR")
-    text = "do again what is done, and drop what followed from it"
-    add(
-        "--overwrite",
-        " ".join(name for name in COMMANDS if name != "verify"),
-        text,
-        action="store_true",
-    )
+    anew = "all tune train test compare figures report"
+    add("--overwrite", anew, "do done stages again, drop what followed", action="store_true")
     add("--no-model", "verify", "verify without model and images", action="store_true")
 
     group = parser.add_argument_group("data")
@@ -1139,15 +1085,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     group, search = parser.add_argument_group("search"), "all tune"
     text = "the poster's one bracket, or Hyperband's; default: poster"
     add("--schedule", search, text, choices=("poster", "hyperband"), default="poster")
-    text = "most epochs of a trial of Hyperband's; default: 81"
-    add("--max-resource", search, text, default=81, **whole)
-    text = "one in N survives a rung of Hyperband's; default: 3"
+    add("--max-resource", search, "Hyperband's R, in epochs; default: 81", default=81, **whole)
+    text = "Hyperband's eta: one in N survives a rung; default: 3"
     add("--eta", search, text, metavar="N", type=partial(number, 2), default=3)
-    text = "train every rung from scratch, not from the last one"
-    add("--retrain", search, text, action="store_true")
+    add("--retrain", search, "train every rung from scratch", action="store_true")
     add("--workers", search, "trials at a time; default: a core each, or 1 on a GPU", **whole)
-    text = "run the trials on the Dask cluster of this scheduler"
-    add("--dask", search, text, metavar="tcp://HOST:PORT")
+    add("--dask", search, "run trials on the cluster of this scheduler", metavar="tcp://HOST:PORT")
 
     group, training = parser.add_argument_group("training"), "all train compare"
     text = "poster (default), authors (16 digits), tuned (the search's best) or a file of your own"
@@ -1191,14 +1134,12 @@ def open_run(options: Namespace) -> Run:
         folder = Path(options.results)
     elif options.data != "auto":
         folder = Path("results", Path(options.data).stem)
-    elif stage not in ("all", "tune", "train"):  # looks at a run that is there
+    elif stage in ("test", "figures", "report", "verify"):  # of a run that is there
         places = [Path("results", name) for name in ("tissuemnist", "digits")]
-        fallback = None if stage == "compare" else places[0]
-        folder = next((place for place in places if place.exists()), fallback)
+        folder = next((place for place in places if place.exists()), places[0])
     if folder is not None:
-        record, poster = read_record(folder, options), is_poster(folder)
-        if poster and stage not in ("figures", "verify"):
-            raise RunError(f"{folder} holds the poster's own results: choose another --results")
+        record = read_record(folder, options)
+        poster = stage == "figures" and is_poster(folder)
         found = folder.is_dir() if stage == "verify" else record or poster
         if not found and stage in ("test", "figures", "report", "verify"):
             raise RunError(f"{folder} holds no run: run --stage all first, or name --results")
@@ -1214,8 +1155,7 @@ def open_run(options: Namespace) -> Run:
 
     def show(done: int, total: int) -> None:
         progress.total = total
-        text = f"{done / 1e6:.0f} of {total / 1e6:.0f} million bytes"
-        progress(done, text, step=done == total)
+        progress(done, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB", step=done == total)
 
     images = data.load(options.data, options.root, stage != "verify", show)
     if about.get("md5") == images.md5:
@@ -1231,11 +1171,11 @@ def plan(run: Run, stages: Sequence[str]) -> None:
     """Refuse what cannot be done, before anything is changed; say what will be."""
     folder, options, other = run.folder, run.options, run.other_data()
     files = [path for path in folder.glob("*") if path.name != ".lock" and path.suffix != ".tmp"]
-    if files and not (folder / "run.json").exists() and not is_poster(folder):
+    poster = options.stage == "figures" and is_poster(folder)
+    if files and not poster and not (folder / "run.json").exists():
         raise RunError(f"{folder} holds other files, and no run.json: choose another --results")
     if other and not options.overwrite:
-        advice = "choose another --results, or say --overwrite"
-        raise RunError(f"{folder} holds another run, with {other}: {advice}")
+        raise RunError(f"{folder} holds another run, with {other}: {ADVICE}")
     if other:
         run.record = {}
     if options.stage == "test":
@@ -1243,10 +1183,10 @@ def plan(run: Run, stages: Sequence[str]) -> None:
             raise RunError(f"{folder} holds no trained network: run --stage train first")
         if not run.seeds:
             model.load_network(folder / "model.pt")  # raises where it is damaged
-    lines = [f"results  {folder}"]
+    print(f"results  {folder}")
     if run.images is not None:
         beside = "" if comparable(run.about) else "; not comparable with the poster"
-        lines.append(f"data     {run.images.source}: {description(run.about)}{beside}")
+        print(f"data     {run.images.source}: {description(run.about)}{beside}", flush=True)
     for stage in [stage for stage in stages if stage in STAGES and stage != "test"]:
         if stage != "tune" and options.hyperparameters == "tuned":
             if "tune" in stages:  # nobody knows yet what it will find
@@ -1256,15 +1196,14 @@ def plan(run: Run, stages: Sequence[str]) -> None:
         wanted = STAGES[stage][0](run)
         if not options.overwrite:
             run.check(stage, wanted)
-        names = [name for name in wanted if name not in ("values", "sizes")]
-        lines.append(f"{stage:<8} {', '.join(f'{name} {wanted[name]}' for name in names)}")
+        shown = [f"{key} {wanted[key]}" for key in wanted if key not in ("values", "sizes")]
         if stage == "tune":
             epochs = (hyperband.total_resource(b, options.retrain) for b in brackets(wanted))
             on = f"on {options.dask}" if options.dask else f"{options.workers} at a time"
-            lines[-1] += f": {sum(epochs)} epochs, trials {on}"
-    if "tune" in stages and options.dask and (options.overwrite or "tune" not in run.done):
+            shown += [f"{sum(epochs)} epochs", f"trials {on}"]
+        print(f"{stage:<8} {', '.join(shown)}", flush=True)
+    if options.dask and (options.overwrite or "tune" not in run.done):
         dask_client(options.dask).close()  # raises where there is none
-    print(*lines, sep="\n", flush=True)
 
 
 def do(run: Run, stages: Sequence[str]) -> None:
@@ -1325,8 +1264,6 @@ def carry_out(options: Namespace) -> bool:
     for name in ("seeds.csv", "table.csv"):
         if (folder / name).exists():
             print(f"\n{csv_table(folder / name)}")
-    names = sorted(path.name for path in folder.glob("[!.]*"))
-    print(f"files    {', '.join(names)} in {folder}")
     if "test" in stages and not run.seeds:
         compare_with_reference(run)
     if options.data == "auto" and run.images is not None and run.images.name == "digits":
