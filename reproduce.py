@@ -276,16 +276,13 @@ class Run:
         self.sums = {n: s for n, s in self.sums.items() if n.split("/")[0] not in FILES[stage]}
 
     def seal(self) -> None:
-        """Write SHA256SUMS, which says that the folder is at rest.
-
-        A file that this command has not written keeps its line: what was changed by hand, or is
-        missing, is never sealed as the run's own.
-        """
+        """Write SHA256SUMS, which says that the folder is at rest."""
         # What kills have left, and what a stage needs no more to go on, as it is done.
         needless = {"tune": "trials", "train": "training.pt"}
         remains = [needless[stage] for stage in self.done if stage in needless]
         for path in [*self.folder.glob("*.tmp"), *(self.folder / name for name in remains)]:
             remove(path)
+        # What this command has not written keeps its line: a change by hand is never sealed.
         new = {n: sha256(self.folder / n) for n in files_in(self.folder) if n not in self.sums}
         lines = (f"{digest}  {name}\n" for name, digest in sorted((self.sums | new).items()))
         metrics.write(self.folder / "SHA256SUMS", "".join(lines))
@@ -377,12 +374,8 @@ def environment(device: Any) -> dict[str, Any]:
 def trial_loss(
     given: tuple, configuration: dict[str, Any], previous: int, resource: int, folder: Path
 ) -> float:
-    """Train a configuration on from its checkpoint; return its validation loss after `resource`.
-
-    `given` are images and labels for training and for validation; a `config` of `model.build`, but
-    for its width; settings of `model.fit`.
-    """
-    arrays, network, settings = given
+    """Train a configuration on from its checkpoint; return its validation loss after `resource`."""
+    arrays, network, settings = given  # as `model.fit` takes them; of `network`, all but its width
     hyperparameters = replace(model.POSTER, **configuration, epochs=resource)
     network = {**network, "num_features": hyperparameters.num_features}
     settings = {**settings, "checkpoint": folder / "training.pt"}
@@ -793,10 +786,7 @@ def csv_table(path: Path) -> str:
 
 
 def commands(record: dict[str, Any]) -> list[str]:
-    """Give the commands that do a run again, beside it, with every option resolved.
-
-    A device is named as PyTorch does: another machine may not have it.
-    """
+    """Give the commands that do a run again, beside it, with every option resolved."""
     about, lines = record["data"], []
     common = {"data": about["source"], "split": about["split"]}
     if about["split"] == "poster":
@@ -820,8 +810,6 @@ LIBRARIES = (data.DataError, model.ModelError, hyperband.SearchError, metrics.Me
 # validation loss and accuracy, which are recomputed in fp32, by the precision of the training.
 LOGIT_TOLERANCE = 1e-4
 VALIDATION_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
-ON_TRUST = "training losses and accuracies, validation before the last epoch, the trials' losses, "
-ON_TRUST += "seconds, environments, figures, compare.csv"
 
 Problems = Iterator[str]  # each a line that begins with the name of the file that is wrong
 
@@ -1008,7 +996,10 @@ def audit(run: Run) -> bool:
     for stage in [stage for stage in STAGES if stage in run.record and stage not in done]:
         print(f"-        {stage} has not ended: not checked")
     if run.record:
-        print(f"on trust {ON_TRUST}")
+        print(
+            "on trust training losses and accuracies, validation before the last epoch, the trials'"
+        )
+        print("         losses, seconds, environments, figures, compare.csv")
     return not told
 
 
@@ -1130,18 +1121,19 @@ def open_run(options: Namespace) -> Run:
     A folder that holds a run says what it is on; without one it is named after the data.
     """
     stage, folder, record = options.stage, None, {}
+    looks = stage in ("test", "figures", "report", "verify")  # at a run that is there
     if options.results:
         folder = Path(options.results)
     elif options.data != "auto":
         folder = Path("results", Path(options.data).stem)
-    elif stage in ("test", "figures", "report", "verify"):  # of a run that is there
+    elif looks:
         places = [Path("results", name) for name in ("tissuemnist", "digits")]
         folder = next((place for place in places if place.exists()), places[0])
     if folder is not None:
         record = read_record(folder, options)
         poster = stage == "figures" and is_poster(folder)
         found = folder.is_dir() if stage == "verify" else record or poster
-        if not found and stage in ("test", "figures", "report", "verify"):
+        if looks and not found:
             raise RunError(f"{folder} holds no run: run --stage all first, or name --results")
     if stage == "report" or (stage in ("figures", "verify") and (options.no_model or not record)):
         return Run(folder, None, options)
@@ -1154,16 +1146,13 @@ def open_run(options: Namespace) -> Run:
     progress = Progress("data", 1)
 
     def show(done: int, total: int) -> None:
-        progress.total = total
-        progress(done, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB", step=done == total)
+        progress(done / total, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB", step=done == total)
 
     images = data.load(options.data, options.root, stage != "verify", show)
-    if about.get("md5") == images.md5:
-        options.split = options.split or about["split"]
-        options.split_seed = (
-            about["split_seed"] if options.split_seed is None else options.split_seed
-        )
-    options.split, options.split_seed = options.split or "poster", options.split_seed or 0
+    about = about if about.get("md5") == images.md5 else {}
+    options.split = options.split or about.get("split", "poster")
+    if options.split_seed is None:
+        options.split_seed = about.get("split_seed", 0)
     return Run(folder or Path("results", images.name), images, options)
 
 
@@ -1217,7 +1206,7 @@ def do(run: Run, stages: Sequence[str]) -> None:
         run.record["data"] = run.about
         run.save()
     for stage in [stage for stage in stages if stage in STAGES]:
-        options_of, carry_out = STAGES[stage]
+        options_of, work = STAGES[stage]
         options = options_of(run)
         if not run.begin(stage, options):
             continue
@@ -1229,7 +1218,7 @@ def do(run: Run, stages: Sequence[str]) -> None:
                 run.write("seeds.csv", metrics.csv_text(*seeds_table(run)))
             seconds = sum(one.record[stage]["seconds"] for one in ones)
         else:
-            seconds = carry_out(run, options)
+            seconds = work(run, options)
         run.record[stage]["seconds"] = seconds
         run.save()
     if "figures" in stages:
