@@ -743,10 +743,11 @@ def report(run: Run) -> None:
 
 def description(about: dict[str, Any]) -> str:
     """Say what a run is on, given run.json's `data`."""
-    shape, classes = "x".join(map(str, about["shape"])), len(about["class_names"])
+    count, *shape = about["shape"]
     sizes = " / ".join(f"{size:,}" for size in about["sizes"])
-    text = f"{shape} pixels in {classes} classes, MD5 {about['md5']}; {about['split']} split: "
-    return text + f"{sizes} images for training / validation / test"
+    text = f"{count:,} images of {'x'.join(map(str, shape))} pixels, {len(about['class_names'])} "
+    text += f"classes, MD5 {about['md5']}; {about['split']} split: {sizes} for training / "
+    return text + "validation / test"
 
 
 def report_text(run: Run) -> str:
@@ -841,7 +842,7 @@ def audit_record(run: Run) -> Problems:
         return
     if other := run.other_data():
         yield f"run.json data: {other}"
-    for stage in set(STAGES) - set(run.record):
+    for stage in [stage for stage in STAGES if stage not in run.record]:
         for name in FILES[stage]:
             if (run.folder / name).exists():  # nothing else would check it
                 yield f"{name} is there, but run.json tells of no {stage}"
@@ -1079,7 +1080,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--max-resource", search, "Hyperband's R, in epochs; default: 81", default=81, **whole)
     text = "Hyperband's eta: one in N survives a rung; default: 3"
     add("--eta", search, text, metavar="N", type=partial(number, 2), default=3)
-    add("--retrain", search, "train every rung from scratch", action="store_true")
+    text = "train every rung from scratch, not from the last one"
+    add("--retrain", search, text, action="store_true")
     add("--workers", search, "trials at a time; default: a core each, or 1 on a GPU", **whole)
     add("--dask", search, "run trials on the cluster of this scheduler", metavar="tcp://HOST:PORT")
 
