@@ -1040,7 +1040,7 @@ COMMANDS = {  # the report tells of everything, so every command ends with it
 
 def number(least: int, text: str) -> int:
     """Read a whole number up to the largest seed."""
-    if text.isdecimal() and least <= int(text) < 2**32:
+    if text.isdecimal() and len(text) < 11 and least <= int(text) < 2**32:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r:.20} is no whole number from {least} to 2^32-1")
 
