@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -478,6 +479,8 @@ def end_with_parent() -> None:
 
 def dask_client(address: str) -> Any:
     """Join a Dask cluster, and give its workers the code of this program."""
+    # Of a lost scheduler it would log a traceback, beside the error that we tell in a line.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         from distributed import Client
 
@@ -997,9 +1000,7 @@ def audit(run: Run) -> bool:
     for stage in [stage for stage in STAGES if stage in run.record and stage not in done]:
         print(f"-        {stage} has not ended: not checked")
     if run.record:
-        print(
-            "on trust training losses and accuracies, validation before the last epoch, the trials'"
-        )
+        print("on trust training losses and accuracies, validation before the last epoch, trials'")
         print("         losses, seconds, environments, figures, compare.csv")
     return not told
 

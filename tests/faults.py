@@ -151,7 +151,7 @@ def check_damage(files: int, rng: random.Random) -> int:
             assert command([*CHAIN, stage])[0] == 130
     # Of a log that no checksum vouches for yet, a changed loss can't be told from a measured one.
     unsealed = [("train", "training.pt"), ("train", "run.json"), ("test", "model.pt")]
-    targets = [("sealed", name) for name in reproduce.files_in(Path("sealed"))]
+    targets = [("sealed", name) for name in sorted(reproduce.files_in(Path("sealed")))]
     targets += 3 * [*unsealed, ("test", "tiny.npz")]
     counts, wrong = Counter(), 0
     for number in range(files):
@@ -162,7 +162,7 @@ def check_damage(files: int, rng: random.Random) -> int:
         aside = {name, "report.md"} if name == "run.json" else {name}
         whole = path.read_bytes()
         path.write_bytes(damaged(whole, rng))
-        for words in (CHAIN, VERIFY) if base == "sealed" else (CHAIN,):
+        for words in (VERIFY, CHAIN) if base == "sealed" else (CHAIN,):
             status, out, error = command([*words, "damaged"])
             if status == 2 and re.fullmatch("(NOTE: .*\n)*reproduce.py: error: .*\n", error):
                 outcome = "refused"
