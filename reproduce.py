@@ -302,10 +302,12 @@ def read_record(folder: Path, options: Namespace) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.exists():
         return {}
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         record = json.loads(path.read_bytes())
         known = read_sums(folder).get("run.json")
-        if record["data"]["test_counts"] and known in (None, sha256(path)):
+        whole = record["data"]["test_counts"] and known in (None, sha256(path))
+        keys = {"options", "environment", "seconds"}
+        if whole and all(record[stage].keys() == keys for stage in STAGES if stage in record):
             return record
     if options.overwrite or options.stage == "verify":
         return {}

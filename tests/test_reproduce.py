@@ -528,7 +528,8 @@ def test_bad_folders_are_one_line(chain, poster, tmp_path):
     refused(*chain, tmp_path / "diary.txt")
     folder = tmp_path / "run"
     folder.mkdir()
-    for text in ("", "[]", '{"data": 3}', '{"data": {}}', '{"data": {"md5": 1}, "test": 1}'):
+    entry = '{"data": {"test_counts": [1]}, "test": {"options": {}}}'  # two of its keys are gone
+    for text in ("", "[]", '{"data": 3}', '{"data": {}}', '{"data": {"md5": 1}}', entry):
         (folder / "run.json").write_text(text)
         for stage in ("all", "test", "report"):
             assert "run.json is damaged" in refused("--stage", stage, "--results", folder)
