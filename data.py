@@ -387,7 +387,8 @@ def _print_summary(image_data: ImageData) -> None:
     for field in ("name", "source", "md5"):
         print(f"{field:<9} {getattr(image_data, field)}")
     print(f"images    uint8 {image_data.images.shape}")
-    splits = {"poster": poster_split(len(image_data.labels)), "official": image_data.official}
+    n = len(image_data.labels)
+    splits = {"poster": poster_split(n) if n > 5 else None, "official": image_data.official}
     for kind, parts in splits.items():
         if parts:
             print("{:<9} {:,} train, {:,} valid, {:,} test".format(kind, *map(len, parts)))

@@ -289,7 +289,7 @@ def replay(
     seed: int = 0,
     retrain: bool = False,
 ) -> SearchResult:
-    """Go through the log of a finished search without its objective; write nothing.
+    """Go through the log of a finished search without its objective.
 
     Configurations and promotions are worked out anew and compared with the log; losses, seconds
     and errors are taken from it. Arguments, result and errors are those of `search`; a log that
@@ -309,8 +309,11 @@ def _read_log(log: Path, mend: bool) -> list[Trial]:
     trials = []
     for number, line in enumerate(lines, 1):
         try:
-            trials.append(Trial(**json.loads(line)))
-        except (ValueError, TypeError) as error:  # no JSON, or other fields
+            trial = Trial(**json.loads(line))
+            if not math.isfinite(trial.seconds + (trial.loss or 0.0)):
+                raise ValueError("a number is not finite")
+            trials.append(trial)
+        except (ValueError, TypeError) as error:  # no JSON, or fields of another name or type
             text = f"{log}: line {number} is damaged; remove it and what follows to run that again"
             raise SearchError(text) from error
     if mend:

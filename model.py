@@ -9,9 +9,9 @@ a saved network to images. In code, with PyTorch 2.11 or newer::
 
 Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`; images are arrays,
 uint8, (N, H, W) for a network of one channel, else (N, H, W, C); labels are N integers from 0 to
-num_classes - 1; `device` and `precision` are as for `resolve_device` and `resolve_precision`. What
-does not fit or is out of its range raises a ModelError of one line. PyTorch's global random state
-plays no part, and that of the CPU and of `device` is left as it was.
+num_classes - 1; `device` and `precision` are as for `resolve_device` and `resolve_precision`.
+Images, labels and hyperparameters that do not fit or are out of range raise a ModelError of one
+line. PyTorch's global random state plays no part; the CPU's and `device`'s is left as it was.
 
 Sources: W. Deng and K. Zhu, "Medical Image Classification Model Based on CNN" (poster, BUPT, 2022)
 and the settings in their public repository dw-dengwei/PML_coursework; NephNet2D: A. Woloshuk et
@@ -83,8 +83,8 @@ class Hyperparameters:
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ModelError(f"{name} must be an integer of at least {least}, not {value!r}")
         in_range = {
-            "learning_rate": self.learning_rate > 0,
-            "weight_decay": self.weight_decay >= 0,
+            "learning_rate": 0 < self.learning_rate <= sys.float_info.max,
+            "weight_decay": 0 <= self.weight_decay <= sys.float_info.max,
             "momentum": 0 <= self.momentum < 1,
             "nesterov": self.momentum > 0 or not self.nesterov,
             "dropout": 0 <= self.dropout < 1,

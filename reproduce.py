@@ -195,7 +195,7 @@ class Run:
         """The runs of several seeds, each in a folder inside, that are here or to be trained."""
         seeds = self.options.seeds or []
         if self.options.stage not in ("all", "train"):
-            seeds = self.begun("train").get("seeds", [])
+            seeds = self.begun("train").get("seeds") or []
         options = [Namespace(**{**vars(self.options), "seed": n, "seeds": None}) for n in seeds]
         return [Run(self.folder / f"seed-{one.seed}", self.images, one) for one in options]
 
@@ -281,10 +281,12 @@ class Run:
         # What kills have left, and what a stage needs no more to go on, as it is done.
         needless = {"tune": "trials", "train": "training.pt"}
         remains = [needless[stage] for stage in self.done if stage in needless]
-        for path in [*self.folder.glob("*.tmp"), *(self.folder / name for name in remains)]:
+        for path in [*self.folder.glob("*.*.tmp"), *(self.folder / name for name in remains)]:
             remove(path)
-        # What this command has not written keeps its line: a change by hand is never sealed.
-        new = {n: sha256(self.folder / n) for n in files_in(self.folder) if n not in self.sums}
+        # What this command has not written keeps its line, and what no stage writes gets none.
+        ours = {"run.json", *itertools.chain(*FILES.values())}
+        new = {n for n in files_in(self.folder) - self.sums.keys() if n.split("/")[0] in ours}
+        new = {n: sha256(self.folder / n) for n in new}
         lines = (f"{digest}  {name}\n" for name, digest in sorted((self.sums | new).items()))
         metrics.write(self.folder / "SHA256SUMS", "".join(lines))
 
@@ -525,7 +527,8 @@ def training_options(run: Run) -> dict[str, Any]:
     return {
         "hyperparameters": name if name in (*NAMED, "tuned") else str(Path(name).resolve()),
         "epochs": chosen.epochs,
-        **({"seeds": options.seeds} if options.seeds else {"seed": options.seed}),
+        "seed": options.seed,
+        "seeds": options.seeds,
         "precision": options.precision,
         "compile": model.resolve_compile(options.compile, network, images, chosen.epochs),
         "values": asdict(chosen),
@@ -802,7 +805,7 @@ def commands(record: dict[str, Any]) -> list[str]:
         words = ["python", "reproduce.py", "--stage", stage]
         common["device"] = record[stage]["environment"].get("device", "auto")
         for name, value in {**common, **record[stage]["options"]}.items():
-            if value is not False and name not in ("values", "sizes"):
+            if value is not False and value is not None and name not in ("values", "sizes"):
                 words.append(f"--{name.replace('_', '-')}")
                 words += [] if value is True else map(str, value if name == "seeds" else [value])
         lines.append(shlex.join(words))
@@ -1049,7 +1052,7 @@ def number(least: int, text: str) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """Read the command line; what is wrong in it or without effect ends the program in one line."""
+    """Read the command line; what is wrong in it ends the program in one line."""
     parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
     stages_of, whole = {}, {"metavar": "N", "type": partial(number, 1)}
@@ -1073,9 +1076,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     text += "what the folder was made from, else tissuemnist, where there is no network digits"
     add("--data", "", text, metavar="SOURCE", default="auto")
     add("--root", "", "where downloads are kept", metavar="DIR", default="~/.medmnist")
-    text = "60/15/25 %% at random, or the file's own; default: poster"
+    text = "60/15/25 %% at random, or the file's own; default: the folder's, else poster"
     add("--split", "", text, choices=("poster", "official"))
-    add("--split-seed", "", "of the poster's split; default: 0", **seed)
+    add("--split-seed", "", "of the poster's split; default: the folder's, else 0", **seed)
 
     group, search = parser.add_argument_group("search"), "all tune"
     text = "the poster's one bracket, or Hyperband's; default: poster"
@@ -1151,7 +1154,8 @@ def open_run(options: Namespace) -> Run:
     progress = Progress("data", 1)
 
     def show(done: int, total: int) -> None:
-        progress(done / total, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB", step=done == total)
+        text = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
+        progress(done / max(total, 1), text, step=done == total)
 
     images = data.load(options.data, options.root, stage != "verify", show)
     about = about if about.get("md5") == images.md5 else {}
@@ -1183,8 +1187,8 @@ def plan(run: Run, stages: Sequence[str]) -> None:
         print(f"data     {run.images.source}: {description(run.about)}{beside}", flush=True)
     for stage in [stage for stage in stages if stage in STAGES and stage != "test"]:
         if stage != "tune" and options.hyperparameters == "tuned":
-            if "tune" in stages:  # nobody knows yet what it will find
-                continue
+            if "tune" in stages and (options.overwrite or "tune" not in run.done):
+                continue  # nobody knows yet what it will find
             if "tune" not in run.done:
                 raise RunError(f"{folder} holds no finished search: run --stage tune first")
         wanted = STAGES[stage][0](run)
@@ -1210,6 +1214,16 @@ def do(run: Run, stages: Sequence[str]) -> None:
     if run.images is not None:
         run.record["data"] = run.about
         run.save()
+    try:
+        do_stages(run, stages)
+    except (RunError, *LIBRARIES):  # refused halfway, which leaves the folder at rest too
+        run.seal()
+        raise
+    run.seal()
+
+
+def do_stages(run: Run, stages: Sequence[str]) -> None:
+    """Do those of the stages that are not done yet."""
     for stage in [stage for stage in stages if stage in STAGES]:
         options_of, work = STAGES[stage]
         options = options_of(run)
@@ -1230,7 +1244,6 @@ def do(run: Run, stages: Sequence[str]) -> None:
         figures(run)
     if "report" in stages:
         report(run)
-    run.seal()
 
 
 def carry_out(options: Namespace) -> bool:

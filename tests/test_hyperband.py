@@ -327,6 +327,8 @@ def edited(lines, number, **changes):
         (lambda lines: [b"[]\n"], "line 1 is damaged"),
         (lambda lines: [*lines, b"another file's text"], "line 15 is damaged"),
         (lambda lines: edited(lines, 2, crc32="00"), "line 2 is damaged"),
+        (lambda lines: edited(lines, 2, loss="low"), "line 2 is damaged"),
+        (lambda lines: edited(lines, 2, loss=math.inf), "line 2 is damaged"),
         (lambda lines: edited(lines, 2, configuration={"x": 0.5}), "line 2 has"),
         # The worst of the first rung made the best: another trial should have gone on.
         (lambda lines: edited(lines, 1, loss=-1.0), "line 6 has .* belongs to another search"),

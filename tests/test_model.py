@@ -171,8 +171,8 @@ def test_images_that_are_too_small():
 def test_hyperparameters_out_of_their_range():
     low = {"num_features": 0, "batch_size": 0, "learning_rate": 0, "weight_decay": -1e-9}
     low |= {"momentum": -0.1, "dropout": -0.1, "patience": -1, "factor": 0, "epochs": 0}
-    high = {"momentum": 1, "dropout": 1.0, "factor": 1}
-    strange = {"learning_rate": math.nan, "weight_decay": math.nan, "epochs": 2.0}
+    high = {"momentum": 1, "dropout": 1.0, "factor": 1, "batch_size": 1.5}
+    strange = {"learning_rate": math.nan, "weight_decay": math.inf, "epochs": 2.0}
     for name, value in [*low.items(), *high.items(), *strange.items()]:
         with refused(f"^{name} "):
             model.Hyperparameters(**{name: value})

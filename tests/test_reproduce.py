@@ -154,6 +154,7 @@ def test_what_is_done_is_done_once(finished, chain, monkeypatch):
         ("train --precision fp32 --epochs 4", "train was begun with epochs 3, not 4"),
         ("train --precision fp32 --epochs 3 --seed 1", "train was begun with seed 0"),
         ("train --precision fp32 --epochs 3 --seeds 0 1", "seeds None, not [0, 1]"),
+        (f"all --epochs 3 {SEARCH} --hyperparameters tuned", "train was begun with"),
         (f"tune {SEARCH} --seed 1", "tune was begun with seed 0, not 1"),
         ("tune --precision fp32", "tune was begun with schedule"),
         ("test --split official", "with split 'poster', not 'official'"),
@@ -538,8 +539,17 @@ def test_bad_folders_are_one_line(chain, poster, tmp_path):
 def test_a_changed_file_is_not_sealed_again(finished):
     change(finished, "tuning.jsonl", '"seconds": ', '"seconds": 1')  # which no other check sees
     (finished / "best.json").unlink()
+    (finished / "notes").touch()
     run("--stage report --overwrite --results", finished)
-    assert wrong(finished) == ["best.json is missing", "tuning.jsonl is not as it was written"]
+    text = (finished / "table.csv").read_text()
+    (finished / "table.csv").write_text("junk")
+    assert "table.csv" in refused("--stage report --results", finished)  # which seals, too
+    (finished / "table.csv").write_text(text)
+    assert wrong(finished) == [
+        "best.json is missing",
+        "notes is none of the run's files",
+        "tuning.jsonl is not as it was written",
+    ]
 
 
 def test_two_commands_at_a_time(finished):
