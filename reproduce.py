@@ -1194,7 +1194,8 @@ def plan(run: Run, stages: Sequence[str]) -> None:
         wanted = STAGES[stage][0](run)
         if not options.overwrite:
             run.check(stage, wanted)
-        shown = [f"{key} {wanted[key]}" for key in wanted if key not in ("values", "sizes")]
+        told = [key for key in wanted if wanted[key] is not None and key not in ("values", "sizes")]
+        shown = [f"{key} {wanted[key]}" for key in told]
         if stage == "tune":
             epochs = (hyperband.total_resource(b, options.retrain) for b in brackets(wanted))
             on = f"on {options.dask}" if options.dask else f"{options.workers} at a time"
@@ -1285,8 +1286,8 @@ def compare_with_reference(run: Run) -> None:
     values = [one.get("train", {}).get("options", {}).get("values") for one in (first, second)]
     if run.about == first.get("data") and values[0] == values[1]:  # else it would mean nothing
         paths = (folder / "predictions.csv" for folder in (ours, run.folder))
-        first, second = (metrics.read_predictions(path).predicted for path in paths)
-        print(f"{(first == second).sum()} of {len(first)} predictions are those of {ours}")
+        theirs, these = (metrics.read_predictions(path).predicted for path in paths)
+        print(f"{(theirs == these).sum()} of {len(these)} predictions are those of {ours}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
