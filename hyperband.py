@@ -1,19 +1,21 @@
-"""Hyperband and successive halving, exact in integers, on the standard library alone.
+"""Hyperband and successive halving, exact in integers, with the standard library alone.
 
-``python hyperband.py 81 3`` prints the brackets for R = 81 and eta = 3, by default 3; without
-arguments, the poster's. In code::
+``python hyperband.py 81 3`` prints the brackets for R = 81 and eta = 3 (the default); without
+arguments it prints the poster's bracket. In code::
 
     best = search(objective, {"learning_rate": LogUniform(1e-4, 1e-1)}, brackets(27), seed=0).best
 
 Source: Li, Jamieson, DeSalvo, Rostamizadeh, Talwalkar, "Hyperband: A Novel Bandit-Based Approach
 to Hyperparameter Optimization", JMLR 18(185), 2018, Algorithm 1. Its R is `max_resource`, the most
-that one trial may use (epochs here, 1 to 1,000,000), and one in `eta` configurations (2 to
-1,000,000) survives a rung; s = floor(log_eta(R)) .. 0 numbers the brackets, and n_i and r_i are a
-rung's ``configurations`` and ``resource``, which is cumulative.
+that one trial may use (here epochs), and one in `eta` configurations survives a rung. The brackets
+are numbered s = s_max .. 0, where s_max = floor(log_eta(R)). A rung's n_i is `configurations` and
+its r_i is `resource`, which is cumulative. T are the configurations of a rung, L their losses.
 """
 
 import copy
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,16 +25,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from decimal import Context, Decimal, localcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 
 class SearchError(ValueError):
-    """Bad bounds, a damaged or foreign log, an executor that failed, or only failed trials."""
+    """Bad arguments, a damaged log, files of another search, or a search that cannot go on."""
 
 
 class Rung(NamedTuple):
@@ -47,10 +47,10 @@ POSTER_BRACKET = [Rung(27, 1), Rung(9, 3), Rung(3, 9), Rung(3, 27)]
 
 
 def brackets(max_resource: int, eta: int = 3) -> list[list[Rung]]:
-    """Give every bracket of Algorithm 1, s = s_max .. 0, each with its cheapest rung first."""
+    """Return the brackets of Algorithm 1, s = s_max .. 0, for R up to 1,000,000."""
     for name, value, least in ("max_resource", max_resource, 1), ("eta", eta, 2):
         if not isinstance(value, int) or not least <= value <= 10**6:
-            raise SearchError(f"{name} must be an integer from {least} to 1000000, not {value!r}")
+            raise SearchError(f"{name} must be an integer from {least} to 1000000")
     # Not floor(log(R) / log(eta)): in floating point that is 4 for R = 243, eta = 3.
     s_max = max(s for s in range(20) if eta**s <= max_resource)
     schedule = []
@@ -60,33 +60,42 @@ def brackets(max_resource: int, eta: int = 3) -> list[list[Rung]]:
     return schedule
 
 
-def bracket(s: int, max_resource: int, eta: int = 3) -> list[Rung]:
-    """Give the s + 1 rungs of bracket `s` (0 .. s_max)."""
-    schedule = brackets(max_resource, eta)
-    if s not in range(len(schedule)):
-        raise SearchError(f"s must be an integer from 0 to {len(schedule) - 1}, not {s!r}")
-    return schedule[-1 - s]
-
-
 def total_resource(rungs: Sequence[Rung], retrain: bool = False) -> int:
-    """Count the resource that one bracket spends: for the poster's 117 epochs, or 162.
+    """Return the resource that one bracket spends: 117 epochs for the poster's.
 
-    A survivor continues from its last rung, or with `retrain` starts again from nothing.
+    A survivor continues from its last rung. With `retrain` it starts again from nothing, and the
+    poster's bracket spends 162 epochs.
     """
-    before = [0, *(0 if retrain else r for _, r in rungs[:-1])]
-    return sum(n * (r - b) for (n, r), b in zip(rungs, before, strict=True))
+    total, previous = 0, 0
+    for n_i, r_i in rungs:
+        total += n_i * (r_i - previous)
+        previous = 0 if retrain else r_i
+    return total
 
 
-# The samplers use `Random.random` alone, the one method whose sequence Python promises to keep, and
-# no function of the C library, whose last digits differ: a seed gives the same configurations on
-# every machine and Python version. The repr of a sampler says all of it.
+# A seed draws the same on every machine and with every version of Python: the samplers call
+# `random.Random.random` alone, whose sequence Python promises to keep. The repr of a sampler
+# evaluates to an equal one.
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as a log of JSON lines gives it back."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise SearchError(f"a value that JSON cannot hold: {error}") from error
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of `values` (JSON values), each as likely."""
+    """One of `values`, a sequence of JSON values, each with the same probability."""
 
     values: Sequence
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Sequence) or not self.values:
+            raise SearchError("Choice: values must be a sequence that is not empty")
+        object.__setattr__(self, "values", tuple(_as_json(list(self.values))))
 
     def sample(self, rng: random.Random) -> Any:
         """Draw one value."""
@@ -97,11 +106,16 @@ class Choice:
 class _Range:
     low: float
     high: float
-    above = -math.inf
+    types = (int, float)
+    least = -1e300
+    most = 1e300  # high - low must not overflow
 
     def __post_init__(self) -> None:
-        if not self.above < self.low <= self.high:
-            raise SearchError(f"{self} needs {self.above} < low <= high")
+        typed = type(self.low) in self.types and type(self.high) in self.types
+        if not typed or not self.least <= self.low <= self.high <= self.most:
+            types = " or ".join(allowed.__name__ for allowed in self.types)
+            limits = f"{self.least} <= low <= high <= {self.most}"
+            raise SearchError(f"{type(self).__name__}: bounds must be {types}, with {limits}")
 
 
 class Uniform(_Range):
@@ -115,26 +129,30 @@ class Uniform(_Range):
 class IntUniform(_Range):
     """An integer from `low` to `high` (integers), both included."""
 
+    types = (int,)
+
     def sample(self, rng: random.Random) -> int:
         """Draw one integer."""
         return self.low + int(rng.random() * (self.high - self.low + 1))
 
 
 class LogUniform(_Range):
-    """A float from `low` to `high` (both above 0) whose logarithm is uniform."""
+    """A float of 6 digits from `low` to `high` (both above 0) whose logarithm is uniform."""
 
-    above = 0
+    least = 1e-300
 
     def sample(self, rng: random.Random) -> float:
         """Draw one float."""
-        # Rounded correctly, unlike math's ln and exp; with 30 digits both ends are met exactly.
-        with localcontext(Context(prec=30)):
-            low, high = Decimal(self.low).ln(), Decimal(self.high).ln()
-            return float((low + (high - low) * Decimal(rng.random())).exp())
+        low, high = math.log(self.low), math.log(self.high)
+        drawn = math.exp(low + (high - low) * rng.random())
+        # C libraries agree on log and exp except for the last of 16 digits. Rounding to 6 makes
+        # the draw the same on every machine, unless it lies at a midpoint: 1 in 100 million.
+        rounded = float(f"{drawn:.6g}")
+        return float(min(max(rounded, self.low), self.high))
 
 
 class Trial(NamedTuple):
-    """What one configuration attained on one rung: a line of the log."""
+    """What one configuration attained on one rung, which is one line of the log."""
 
     bracket: int  # position of its bracket in the schedule, from 0
     rung: int  # position of the rung in its bracket, from 0
@@ -147,10 +165,39 @@ class Trial(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """The end of a search."""
+    """The outcome of a search."""
 
     best: Trial  # the lowest loss at the largest resource reached; the earlier trial of a tie
     trials: list[Trial]  # every finished trial, in the order of the schedule
+
+
+def _hyperband(
+    space: Mapping[str, Any],
+    schedule: Sequence[Sequence[Rung]],
+    seed: int,
+    evaluate: Callable[[list[Trial], int], list[Trial]],
+) -> Iterator[list[Trial]]:
+    """Yield the trials of each bracket: Algorithm 1, however trials run.
+
+    ``evaluate(plans, previous)`` returns the finished trials of one rung, in the order of `plans`.
+    A plan is a Trial without an outcome. `previous` is the resource that each has used so far.
+    """
+    rng, numbers = random.Random(seed), itertools.count()
+    for b, rungs in enumerate(schedule):  # for s = s_max .. 0
+        survivors = []  # T = get_hyperparameter_configuration(n)
+        for _ in range(rungs[0].configurations):
+            drawn = {name: sampler.sample(rng) for name, sampler in space.items()}
+            survivors.append(Trial(b, 0, next(numbers), _as_json(drawn), 0))
+        finished, previous = [], 0
+        for i, (n_i, r_i) in enumerate(rungs):
+            plans = [Trial(b, i, t.trial, t.configuration, r_i) for t in survivors[:n_i]]
+            trials = evaluate(plans, previous)  # L = run_then_return_val_loss(t, r_i) for t in T
+            # T = top_k(T, L, k): the next rung takes the first k. A failed trial is never promoted.
+            succeeded = [t for t in trials if t.loss is not None]
+            survivors = sorted(succeeded, key=lambda t: (t.loss, t.trial))
+            finished += trials
+            previous = r_i
+        yield finished
 
 
 def search(
@@ -167,108 +214,106 @@ def search(
 ) -> SearchResult:
     """Minimise `objective` over `space` by successive halving.
 
-    A trial that raises, or whose loss is NaN or infinite, has failed: it is logged and never goes
-    on. An OSError (a full disk) ends the search instead, as no configuration is to blame for it;
-    the same call goes on from the log, as it does after a kill.
+    A trial that raises, or whose loss is NaN or infinite, has failed. It is logged and never
+    promoted. An OSError (a full disk) ends the search instead, as no configuration is to blame for
+    it. The same call then continues from the log, as it does after a kill.
 
     Parameters
     ----------
     objective : callable
-        ``objective(configuration, previous, resource, folder) -> loss``: bring the trial from
-        `previous` to `resource` (cumulative) and return its loss, lower is better. `folder` is
-        the trial's own and still holds what its last call left there; after an interrupted run it
+        ``objective(configuration, previous, resource, folder) -> loss`` brings the trial from
+        `previous` to `resource` (cumulative) and returns its loss, lower is better. `folder` is
+        the trial's own and still holds what its last call left there. After an interrupted run it
         may hold more than `previous`, up to `resource`. With a process executor it must pickle.
     space : mapping of str to sampler
-        Drawn in this order. A sampler, such as `Choice`, has ``.sample(random.Random)``, which
-        gives a JSON value; a tuple becomes a list.
+        Drawn from in this order. A sampler, such as `Choice`, has a method
+        ``sample(random.Random)`` that returns a JSON value.
     schedule : sequence of brackets
-        ``brackets(81)`` or ``[POSTER_BRACKET]``: in a bracket n never grows and r never falls.
+        ``brackets(81)`` or ``[POSTER_BRACKET]``. In a bracket n_i never grows and r_i never falls.
     seed : int
         Decides every configuration; 0 or more.
     log : path, optional
-        A JSON line a finished trial: the fields of `Trial`. The lines that it has already are
-        replayed, and the search goes on after the last; a line that was cut off is dropped.
+        One JSON line per finished trial: the fields of `Trial`. Trials that it has already are not
+        run again. A last line that was cut off is dropped.
     folder : path, optional
-        Where the trials keep their state, as ``trial-0007``; at the end only the best trial's is
-        left. By default a temporary one, with which `log` can't continue what keeps state.
+        Where the trials keep their state, such as ``trial-0007-1f3a9c2e``, a number and a digest
+        of the configuration. At the end only the best trial's is left. By default a temporary
+        folder, with which a search whose trials keep state cannot be continued.
     retrain : bool
         Start every rung again from nothing, as the poster's upstream code did: `previous` is 0,
-        the folder a new one, such as ``trial-0007-rung-1``.
+        and the folder is a new one, such as ``trial-0007-1f3a9c2e-rung-1``.
     executor : concurrent.futures.Executor, optional
-        Runs the trials of a rung side by side; results and log do not depend on it. When the
-        search ends early, trials that run are not waited for: end them before it goes on.
+        Runs the trials of a rung side by side. Result and log do not depend on it. A search that
+        ends early does not wait for running trials: end them before it is continued.
     on_trial : callable
-        ``on_trial(trial, replayed)`` after every finished trial, in the order of the schedule.
+        ``on_trial(trial, replayed)`` is called after every finished trial, in the order of the
+        schedule. `replayed` is True for a trial of the log.
 
     Raises
     ------
     SearchError
-        The log is damaged or another search's, every trial failed, or the executor did (a dead
-        worker), after which, too, the same call goes on.
+        The log is damaged or another search's; there is no log yet, but `folder` holds trials;
+        every trial failed; or the executor failed (a dead worker).
     """
-    rng, entered, finished = random.Random(seed), 0, []
-    logged = [] if log is None else _read_log(Path(log), mend=objective is not None)
+    # A trial that is not waited for may still write there while the folder is removed.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        log = Path(temporary, "log.jsonl") if log is None else Path(log)
+        folder = Path(temporary) if folder is None else Path(folder)
+        if not log.exists():
+            if any(folder.glob("trial-*")):
+                advice = "remove them or choose another folder"
+                raise SearchError(f"{folder} holds trials of another search: {advice}")
+            # Before the first trial, so that a search killed in its first trial is continued.
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
+        lines, size = _read_log(log)
+        os.truncate(log, size)
+        logged = iter(lines)
 
-    def folder_of(trial: Trial) -> Path:
-        return Path(place, f"trial-{trial.trial:04d}" + f"-rung-{trial.rung}" * retrain)
+        def evaluate(plans: list[Trial], previous: int) -> list[Trial]:
+            trials = _logged_trials(plans, logged)
+            for trial in trials:
+                on_trial(trial, True)
+            start = 0 if retrain else previous
+            run = functools.partial(_run_trial, objective, start, folder, retrain)
+            # An exception in this loop closes its generator, which cancels what has not begun.
+            for trial in _run_all(executor, run, plans[len(trials) :]):
+                with log.open("a", newline="\n") as file:
+                    file.write(json.dumps(trial._asdict()) + "\n")
+                trials.append(trial)
+                on_trial(trial, False)
+            return trials
 
-    def run(plans: list[Trial], previous: int) -> Iterator[Trial]:
-        """Yield the trials of a rung: from the log as far as it goes, then new ones."""
-        known = logged[len(finished) :]
-        for line, (trial, plan) in enumerate(zip(known, plans, strict=False), len(finished) + 1):
-            if trial[:5] != plan[:5]:
-                text = f"{log}: line {line} has {trial[:5]}, this search {plan[:5]}"
-                raise SearchError(f"{text}: it was changed, or belongs to another search")
-            yield trial
-        plans = plans[len(known) :]
-        if plans and objective is None:
-            raise SearchError(f"{log}: the log ends before the search does; finish that first")
-        each = map if executor is None else executor.map
-        evaluate = functools.partial(_evaluate, objective, previous)
-        try:
-            for trial in each(evaluate, plans, [*map(folder_of, plans)]):
-                if log is not None:
-                    with Path(log).open("a", newline="\n") as file:
-                        file.write(json.dumps(trial._asdict()) + "\n")
-                yield trial
-        except OSError:
-            raise
-        except Exception as error:  # not the objective's: a dead worker, what does not pickle
-            text = f"the executor failed: {error!r}; the same search again goes on from its log"
-            raise SearchError(text) from error
-
-    # A trial that is not waited for may still write while the folder is removed.
-    with nullcontext(folder) if folder else TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        for b, rungs in enumerate(schedule):  # for s in s_max .. 0
-            entrants = []  # T, with its losses L
-            for _ in range(rungs[0].configurations):
-                drawn = {name: sampler.sample(rng) for name, sampler in space.items()}
-                # As the log would give it back, so that a replayed trial is the same.
-                entrants.append((0.0, entered, json.loads(json.dumps(drawn, allow_nan=False))))
-                entered += 1
-            for i, (n_i, r_i) in enumerate(rungs):
-                # T = top_k(T, L, n_i); what failed never goes on, so there may be fewer.
-                plans = [Trial(b, i, k, drawn, r_i) for _, k, drawn in sorted(entrants)[:n_i]]
-                previous = 0 if retrain or i == 0 else rungs[i - 1].resource
-                entrants = []
-                # Ended early, the loop closes `run`, which cancels what has not begun.
-                for trial in run(plans, previous):
-                    finished.append(trial)
-                    on_trial(trial, len(finished) <= len(logged))
-                    if trial.loss is not None:
-                        entrants.append((trial.loss, trial.trial, trial.configuration))
-            best = min(finished, key=lambda t: (t.loss is None, -t.resource, t.loss, t.trial))
-            for path in {*map(folder_of, finished)} - {folder_of(best)}:
-                shutil.rmtree(path, ignore_errors=True)
-        if len(logged) > len(finished):
-            raise SearchError(f"{log}: line {len(finished) + 1} belongs to another search")
-        if best.loss is None:
-            raise SearchError(f"all {len(finished)} trials failed; the first: {finished[0].error}")
-    return SearchResult(best, finished)
+        trials = []
+        for finished in _hyperband(space, schedule, seed, evaluate):
+            trials += finished
+            folders = {_trial_folder(folder, trial, retrain) for trial in trials}
+            for loser in folders - {_trial_folder(folder, _best(trials), retrain)}:
+                shutil.rmtree(loser, ignore_errors=True)
+        return _result(trials, logged)
 
 
-def _evaluate(objective: Callable, previous: int, plan: Trial, folder: Path) -> Trial:
-    """Run one trial, maybe in another process."""
+def _trial_folder(root: Path, trial: Trial, retrain: bool) -> Path:
+    """Return the folder of a trial. Its name is that of no other configuration."""
+    digest = hashlib.sha256(json.dumps(trial.configuration).encode()).hexdigest()
+    name = f"trial-{trial.trial:04d}-{digest[:8]}"
+    return root / (f"{name}-rung-{trial.rung}" if retrain else name)
+
+
+def _run_all(executor: Executor | None, run: Callable, plans: list[Trial]) -> Iterator[Trial]:
+    """Yield the trials of a rung in the order of `plans`, each as soon as it is finished."""
+    try:
+        yield from map(run, plans) if executor is None else executor.map(run, plans)
+    except OSError:
+        raise
+    except Exception as error:  # not the objective's: a dead worker, or what does not pickle
+        text = f"the executor failed: {error!r}; with a log, the same call continues the search"
+        raise SearchError(text) from error
+
+
+def _run_trial(objective: Callable, previous: int, root: Path, retrain: bool, plan: Trial) -> Trial:
+    """Run one trial, perhaps in another process."""
+    folder = _trial_folder(root, plan, retrain)
     folder.mkdir(parents=True, exist_ok=True)
     loss, error, started = None, None, time.perf_counter()
     try:
@@ -276,9 +321,9 @@ def _evaluate(objective: Callable, previous: int, plan: Trial, folder: Path) -> 
         if not math.isfinite(loss):
             loss, error = None, f"the loss is {loss}"
     except OSError:
-        raise  # a full disk or a folder that is gone is no configuration's fault
-    except Exception as exc:
-        error = repr(exc)
+        raise
+    except Exception as exception:
+        error = repr(exception)
     return plan._replace(loss=loss, seconds=time.perf_counter() - started, error=error)
 
 
@@ -287,57 +332,95 @@ def replay(
     space: Mapping[str, Any],
     schedule: Sequence[Sequence[Rung]],
     seed: int = 0,
-    retrain: bool = False,
 ) -> SearchResult:
-    """Go through the log of a finished search without its objective.
+    """Return the result of a finished search from its log, without running a trial.
 
-    Configurations and promotions are worked out anew and compared with the log; losses, seconds
-    and errors are taken from it. Arguments, result and errors are those of `search`; a log that
-    ends before the search does is a SearchError, too.
+    The configurations and promotions are computed again and compared with the log. The losses,
+    seconds and errors are taken from it. The arguments are those of `search`. A log that is
+    damaged, unfinished or another search's is a SearchError.
     """
-    return search(None, space, schedule, seed, log=log, retrain=retrain)
+    lines, _ = _read_log(log)
+    logged = iter(lines)
+
+    def evaluate(plans: list[Trial], previous: int) -> list[Trial]:
+        trials = _logged_trials(plans, logged)
+        if len(trials) < len(plans):
+            raise SearchError(f"{log}: the log ends before the search does; finish that first")
+        return trials
+
+    trials = itertools.chain.from_iterable(_hyperband(space, schedule, seed, evaluate))
+    return _result([*trials], logged)
 
 
-def _read_log(log: Path, mend: bool) -> list[Trial]:
-    """Read the finished trials; `mend` makes a log that is missing, and drops a cut last line."""
-    if mend:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.touch()
-    *lines, cut = log.read_bytes().split(b"\n")
+def _read_log(log: str | os.PathLike) -> tuple[list[tuple[str, Trial]], int]:
+    """Return each line's name and trial, and the number of bytes before a cut last line."""
+    content = Path(log).read_bytes()
+    *lines, cut = content.split(b"\n")
     if not cut.startswith(b'{"bracket": '[: len(cut)]):
-        lines.append(b"")  # a wrong file, to be refused and left as it is
+        lines.append(cut)  # not the beginning of a trial: another file, which is left as it is
     trials = []
-    for number, line in enumerate(lines, 1):
+    for number, text in enumerate(lines, 1):
+        line = f"{log}: line {number}"
         try:
-            trial = Trial(**json.loads(line))
+            trial = Trial(**json.loads(text))
             if not math.isfinite(trial.seconds + (trial.loss or 0.0)):
                 raise ValueError("a number is not finite")
-            trials.append(trial)
-        except (ValueError, TypeError) as error:  # no JSON, or fields of another name or type
-            text = f"{log}: line {number} is damaged; remove it and what follows to run that again"
-            raise SearchError(text) from error
-    if mend:
-        os.truncate(log, log.stat().st_size - len(cut))
+        except (OverflowError, RecursionError, TypeError, ValueError) as error:
+            advice = "remove it and what follows to run that again"
+            raise SearchError(f"{line} is damaged; {advice}") from error
+        trials.append((line, trial))
+    return trials, len(content) - len(cut)
+
+
+def _logged_trials(plans: list[Trial], logged: Iterator[tuple[str, Trial]]) -> list[Trial]:
+    """Return the trials of a rung as far as the log has them; raise where they are not `plans`."""
+    trials = []
+    for plan, (line, trial) in zip(plans, logged, strict=False):
+        if trial[:5] != plan[:5]:
+            text = f"{line} has {trial[:5]}, this search {plan[:5]}"
+            raise SearchError(f"{text}: it was changed, or belongs to another search")
+        trials.append(trial)
     return trials
 
 
+def _best(trials: list[Trial]) -> Trial:
+    return min(trials, key=lambda t: (t.loss is None, -t.resource, t.loss, t.trial))
+
+
+def _result(trials: list[Trial], logged: Iterator[tuple[str, Trial]]) -> SearchResult:
+    """Return the result; raise where lines of the log remain, or where every trial failed."""
+    for line, _ in logged:
+        raise SearchError(f"{line} belongs to another search")
+    best = _best(trials)
+    if best.loss is None:
+        raise SearchError(f"all {len(trials)} trials failed; the first: {trials[0].error}")
+    return SearchResult(best, trials)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the brackets for R and eta, or the poster's."""
+    """Print the brackets for R and eta, or the poster's; return the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    if words in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
+    lines = [" s   epochs  retraining  n@r: n configurations up to r epochs each"]
     try:
-        schedule = brackets(*map(int, words)) if words else [POSTER_BRACKET]
-        print(" s   epochs  retraining  n@r: n configurations up to r epochs each")
+        if words in (["-h"], ["--help"]):
+            print(__doc__ or "hyperband.py [R [eta]]", flush=True)
+            return 0
+        if len(words) > 2:
+            raise SearchError(f"expected R and eta at most, not {len(words)} arguments")
+        # Anything but a number of a few digits stays text, which `brackets` refuses.
+        numbers = [int(word) if word.isdecimal() and len(word) < 9 else word for word in words]
+        schedule = brackets(*numbers) if words else [POSTER_BRACKET]
         for rungs in schedule:
             flow = " -> ".join(f"{n}@{r}" for n, r in rungs)
             epochs, retraining = total_resource(rungs), total_resource(rungs, retrain=True)
-            print(f"{len(rungs) - 1:2} {epochs:8} {retraining:11}  {flow}", flush=True)
-    except BrokenPipeError:  # | head; else Python would complain of it at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (TypeError, ValueError) as error:  # the number of arguments; SearchError or int's
-        print(f"hyperband.py: error: {error}; expected [R [eta]]", file=sys.stderr)
+            lines.append(f"{len(rungs) - 1:2} {epochs:8} {retraining:11}  {flow}")
+        print("\n".join(lines), flush=True)
+    except (SearchError, OSError) as error:
+        if isinstance(error, OSError):  # of stdout, which Python flushes once more at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough
+            return 0
+        print(f"hyperband.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
