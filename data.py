@@ -1,12 +1,12 @@
-"""Where the images come from and how they are split.
+"""Where the images come from, how they are known, stretched and split.
 
 The poster's images are public as TissueMNIST (MedMNIST v2, CC BY 4.0): 125 MB, downloaded once into
 ~/.medmnist, where the medmnist package keeps them too. MedMNIST's other sets, any file in their
-layout, and scikit-learn's embedded digits, which need no network, load the same way:
+layout, and scikit-learn's embedded digits, which need no internet, load the same way:
 
     image_data = load("auto")              # uint8 images (N, H, H), int64 labels (N,)
     parts = split(image_data, "poster")    # 120,000 / 30,000 / 50,000 indices
-    train_images = image_data.images[parts.train]
+    train_images = stretch(image_data.images[parts.train])
 
 MedMNIST's layout is an npz of six arrays: `train_images`, `val_images`, `test_images`, uint8 of
 shape (N, H, H) or (N, H, H, 3), and `train_labels`, `val_labels`, `test_labels`, integers of shape
@@ -15,13 +15,18 @@ shape (N, H, H) or (N, H, H, 3), and `train_labels`, `val_labels`, `test_labels`
     python data.py [SOURCE]                                     what is in it; default: auto
     python data.py convert TRAIN_FOLDER [TEST_FOLDER] OUT.npz   make a file of folders
 
+For all functions: images are uint8 arrays (N, H, W) or (N, H, W, C), a seed is an integer from 0 to
+2**32 - 1, and bad input raises `DataError`.
+
 Needs numpy; scikit-learn only for the digits, Pillow only to convert.
 """
 
+import contextlib
 import csv
 import hashlib
 import http.client
 import os
+import re
 import ssl
 import sys
 import urllib.request
@@ -34,8 +39,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The 2D sets of MedMNIST v2 with one label an image, and the MD5 of NAME.npz (28x28 pixels); the
-# medmnist package states the same. ChestMNIST, the only other one, has several labels an image.
+# The 2D sets of MedMNIST v2 with one label per image, and the MD5 of NAME.npz (28x28 pixels), as in
+# the medmnist package. ChestMNIST, the only other 2D set, has several labels per image.
 URL = "https://zenodo.org/records/10519652/files/{name}.npz?download=1"
 MEDMNIST = {
     "tissuemnist": "ebe78ee8b05294063de985d821c1c34b",
@@ -50,6 +55,11 @@ MEDMNIST = {
     "organcmnist": "b9ceb9546e10131b32923c5bbeaea2b1",
     "organsmnist": "9ab87b696fb54e2a387ebe992d6ed5f1",
 }
+# The MD5s of files with TissueMNIST's images: the official one, and 236,300 of its 236,386 images
+# with their labels, shuffled and in one part. The latter is from the public repository
+# OpenMined/datasets: the 100 files of its folder TissueMNIST/subsets, merged, at commit
+# df8a8363968cdc95214050e9695eb92faa861042.
+TISSUEMNIST = (MEDMNIST["tissuemnist"], "f9bd3585a9d40024bd1e216e53f30861")
 TISSUEMNIST_CLASSES = (
     "Collecting Duct, Connecting Tubule",
     "Distal Convoluted Tubule",
@@ -87,9 +97,9 @@ class ImageData:
         In 0..K-1, every class present.
     class_names : tuple of str, length K
     name : str
-        The set's name, "digits", or the file's name without its suffix.
+        "digits", the name of the set with this `md5`, or the file's name without its suffix.
     source : str
-        What was loaded: a path or a description.
+        What was loaded: the set's name, or the path as it was given.
     md5 : str
         Of the npz file; for the digits, of the images' bytes followed by the labels'.
     official : Split or None
@@ -110,34 +120,64 @@ class ImageData:
         return len(self.class_names)
 
 
-# ---- splits: a seed is an integer from 0 to 2**32 - 1 --------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
+
+
+def ids(images: np.ndarray) -> np.ndarray:
+    """Return (N,) strings: the first 16 hexadecimal digits of the SHA-256 of each image's bytes."""
+    return np.array([hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images], "U16")
+
+
+def stretch(images: np.ndarray) -> np.ndarray:
+    """Return the images with each one's values stretched to 0..255, as the authors' images are.
+
+    A value x becomes ``(x - low) * 255 // (high - low)``, where low and high are the image's lowest
+    and highest value in any channel. A flat image stays as it is. Needs three times the memory of
+    the images.
+    """
+    pixel_axes = tuple(range(1, images.ndim))
+    low = images.min(axis=pixel_axes, keepdims=True)
+    high = images.max(axis=pixel_axes, keepdims=True)
+    flat = low == high
+    low[flat], high[flat] = 0, 255  # with which the formula changes nothing
+    stretched = np.multiply(images - low, 255, dtype=np.uint16)
+    stretched //= high - low
+    return stretched.astype(np.uint8)
+
+
+# ---- splits --------------------------------------------------------------------------------------
 
 
 def split(image_data: ImageData, name: str, seed: int = 0) -> Split:
-    """Split by `poster_split` ("poster") or `official_split` ("official"); else a DataError."""
+    """Split by `poster_split` ("poster") or `official_split` ("official")."""
     if name == "poster":
-        return poster_split(len(image_data.labels), seed)
+        return poster_split(image_data.images, seed)
     if name == "official":
         return official_split(image_data)
     raise DataError(f"split {name!r} is unknown: choose poster or official")
 
 
 def official_split(image_data: ImageData) -> Split:
-    """Return the file's own parts; raises DataError if it has none or one of them is empty."""
+    """Return the file's own parts; none of them may be empty."""
     parts = image_data.official
     if parts is None or min(map(len, parts)) == 0:
         raise DataError(f"{image_data.name} has no official split into three: use the poster's")
     return parts
 
 
-def poster_split(n: int, seed: int = 0) -> Split:
-    """Shuffle n images and cut 60/15/25 %, of 200,000 of them where there are more.
+def poster_split(images: np.ndarray, seed: int = 0) -> Split:
+    """Sort images by a key and cut the first 200,000, or all of fewer, 60/15/25 %.
 
-    TissueMNIST's 236,386 give 120,000 / 30,000 / 50,000. Raises DataError if n is below 6.
+    The key is the SHA-256 of ``f"{seed} "`` and the image's bytes. So a file with the same images
+    in another order gives the same parts in the same order. Equal images keep the file's order.
+    TissueMNIST gives 120,000 / 30,000 / 50,000. At least 6 images are needed.
     """
-    if n < 6:
-        raise DataError(f"{n} images are too few to split 60/15/25 %: use at least 6")
-    return _draw(np.arange(n), 200_000, seed, 60, 75)
+    if len(images) < 6:
+        raise DataError(f"{len(images)} images are too few to split 60/15/25 %: use at least 6")
+    prefix = f"{seed} ".encode()
+    keys = [hashlib.sha256(prefix + image.tobytes()).hexdigest() for image in images]
+    order = np.argsort(keys, kind="stable")[:200_000]
+    return Split(*np.split(order, [len(order) * 60 // 100, len(order) * 75 // 100]))
 
 
 def tuning_split(split: Split, n: int = 10_000, seed: int = 0) -> Split:
@@ -145,14 +185,15 @@ def tuning_split(split: Split, n: int = 10_000, seed: int = 0) -> Split:
 
     The poster's search had 10,000. The test part is empty.
     """
-    return _draw(np.concatenate(split[:2]), n, seed, 80, 100)
+    return _draw(np.concatenate([split.train, split.valid]), n, seed)
 
 
-def _draw(images: np.ndarray, n: int, seed: int, *percents: int) -> Split:
-    """Draw n images, or all of fewer, and cut them at two percentages."""
+def _draw(indices: np.ndarray, n: int, seed: int) -> Split:
+    """Draw n indices, or all of fewer, and cut them 80/20 %, without a test part."""
     # RandomState's stream is frozen (numpy's NEP 19); Generator's may change with a release.
-    drawn = np.random.RandomState(seed).permutation(images)[:n]
-    return Split(*np.split(drawn, [len(drawn) * percent // 100 for percent in percents]))
+    drawn = np.random.RandomState(seed).permutation(indices)[:n]
+    end = len(drawn) * 80 // 100
+    return Split(drawn[:end], drawn[end:], drawn[:0])
 
 
 # ---- load ----------------------------------------------------------------------------------------
@@ -169,46 +210,61 @@ def load(
     Parameters
     ----------
     source : str or Path, optional
-        A name in MEDMNIST: from `root`, or else from the network, its MD5 checked in either case.
+        A name in MEDMNIST: its file in `root`, downloaded if missing; the MD5 is always checked.
         "auto": TissueMNIST, or, where no connection can be made, the digits, with a UserWarning
         that says why. "digits": scikit-learn's, enlarged to 28x28. Else the path of an npz file.
     root : str or Path, optional
         Folder of the downloaded files.
     download : bool, optional
-        Whether the network may be used; if not, a set that is not in `root` is a DataError.
+        Whether to download. If not, a set that is missing in `root` is a DataError.
     progress : callable(done_bytes, total_bytes), optional
         Called while downloading.
     """
     if source == "digits":
         return _load_digits()
+    if source != "auto" and source not in MEDMNIST:
+        path = _expand(source)
+        if not path.is_file():
+            names = ", ".join(["auto", "digits", *MEDMNIST])
+            raise DataError(f"{source}: no such npz file, nor one of {names}")
+        return _load_npz(path, str(source), _md5(path))
+
     name = "tissuemnist" if source == "auto" else source
-    path = Path(source)
-    if name in MEDMNIST:
-        path, url = Path(root).expanduser() / f"{name}.npz", URL.format(name=name)
-        by_hand = f"fetch {url} by hand to {path} (MD5 {MEDMNIST[name]})"
-        try:
-            if not path.exists():
-                if not download:
-                    raise ConnectionError("downloading is off")
-                _download(url, path, progress)
-        except (OSError, http.client.HTTPException) as error:
-            # An HTTP status, whose reason is a string, and a refused certificate are answers.
-            reason = getattr(error, "reason", None)
-            unreachable = isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError)
-            if source == "auto" and unreachable:
-                why = f"the digits stand in for TissueMNIST: no connection to {url}: {reason}"
-                warnings.warn(why, stacklevel=2)
-                return _load_digits()
-            why = f"{path}: no such file, and no download ({error})"
-            raise DataError(f"{why}: name its root, run again, or {by_hand}") from error
-    elif not path.is_file():
-        names = ", ".join(["auto", "digits", *MEDMNIST])
-        raise DataError(f"{path}: no such npz file, nor one of {names}; see python data.py --help")
-    with path.open("rb") as file:  # hosts in FIPS mode refuse an MD5 for security
-        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if md5 != MEDMNIST.get(name, md5):
+    path = _expand(root) / f"{name}.npz"
+    url = URL.format(name=name)
+    by_hand = f"fetch {url} by hand to {path} (MD5 {MEDMNIST[name]})"
+    try:
+        if not path.exists():
+            if not download:
+                raise ConnectionError("downloading is off")
+            _download(url, path, progress)
+    except (OSError, http.client.HTTPException) as error:
+        # An HTTP status, whose reason is a string, and a refused certificate are answers.
+        reason = getattr(error, "reason", None)
+        unreachable = isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError)
+        if source == "auto" and unreachable:
+            why = f"the digits stand in for TissueMNIST: no connection to {url}: {reason}"
+            warnings.warn(why, stacklevel=2)
+            return _load_digits()
+        why = f"{path}: no such file, and no download ({error})"
+        raise DataError(f"{why}: name its root, run again, or {by_hand}") from error
+    md5 = _md5(path)
+    if md5 != MEDMNIST[name]:
         raise DataError(f"{path} has MD5 {md5}: remove it and run again, or {by_hand}")
-    return _load_npz(path, md5)
+    return _load_npz(path, name, md5)
+
+
+def _expand(path: str | Path) -> Path:
+    """Return a path with its ~ expanded."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no such user, or one without a home
+        raise DataError(f"{path}: {error} Set HOME, or name a path without ~") from error
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:  # hosts in FIPS mode refuse an MD5 for security
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _download(url: str, path: Path, progress: Callable[[int, int], None] | None) -> None:
@@ -237,32 +293,35 @@ def _download(url: str, path: Path, progress: Callable[[int, int], None] | None)
     part.replace(path)
 
 
-def _load_npz(path: Path, md5: str) -> ImageData:
+def _load_npz(path: Path, source: str, md5: str) -> ImageData:
     """Load a file in MedMNIST's layout; a part may be empty, a class may not."""
     try:
         # Given a path, np.load leaves a damaged file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
-            labels = [npz[f"{part}_labels"] for part in PARTS]
-            ends = np.cumsum([0, *map(len, labels)])
-            labels = np.concatenate(labels, axis=None)
-            for part, start, end in zip(PARTS, ends[:-1], ends[1:], strict=True):
+            part_labels = [npz[f"{part}_labels"] for part in PARTS]
+            ends = np.cumsum([len(labels) for labels in part_labels])
+            parts = Split(*np.split(np.arange(ends[-1]), ends[:-1]))
+            # Integers of any size and byte order pass, other types do not.
+            labels = np.concatenate(part_labels, axis=None, dtype=np.int64, casting="same_kind")
+            for part, index in zip(PARTS, parts, strict=True):
                 pixels = npz[f"{part}_images"]
                 if part == "train":
                     images = np.empty((ends[-1], *pixels.shape[1:]), np.uint8)
-                rows = images[start:end]
-                if pixels.dtype != np.uint8 or pixels.shape != rows.shape:
+                shape = (len(index), *images.shape[1:])
+                if pixels.dtype != np.uint8 or pixels.shape != shape:
                     found = f"{part}_images are {pixels.dtype} {pixels.shape}"
-                    raise ValueError(f"{found}, expected uint8 {rows.shape}")
-                rows[:] = pixels
+                    raise ValueError(f"{found}, expected uint8 {shape}")
+                images[index] = pixels
                 del pixels  # before the next is read, so that only one part is in memory twice
     except Exception as error:  # of numpy, zipfile, zlib, ast: no documented, closed set
         problem = "not of MedMNIST's layout, damaged, or too large for the memory here"
         raise DataError(f"{path}: {problem} ({error!r})") from error
     _check(path, images, labels)
-    names = tuple(f"class {k}" for k in np.unique(labels))
-    names = TISSUEMNIST_CLASSES if md5 == MEDMNIST["tissuemnist"] else names
-    parts = Split(*map(np.arange, ends[:-1], ends[1:]))
-    return ImageData(images, labels.astype(np.int64), names, path.stem, str(path), md5, parts)
+    class_names = tuple(f"class {k}" for k in np.unique(labels))
+    name = next((name for name, known in MEDMNIST.items() if known == md5), path.stem)
+    if md5 in TISSUEMNIST:
+        name, class_names = "tissuemnist", TISSUEMNIST_CLASSES
+    return ImageData(images, labels, class_names, name, source, md5, parts)
 
 
 def _check(where: str | Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -271,29 +330,24 @@ def _check(where: str | Path, images: np.ndarray, labels: np.ndarray) -> None:
     if side < 8 or images.shape[1:] not in ((side, side), (side, side, 3)):
         raise DataError(f"{where}: images {images.shape}, not (N, H, H) or (N, H, H, 3), H >= 8")
     classes = np.unique(labels).tolist()
-    usable = labels.dtype.kind in "iu" and len(labels) == len(images) and len(classes) >= 2
-    if not usable or classes != list(range(len(classes))):
+    num_classes = len(classes)
+    if len(labels) != len(images) or num_classes < 2 or classes != list(range(num_classes)):
         raise DataError(
-            f"{where}: labels must be 0 to K-1, one an image, every class present, K at least 2; "
-            f"found {len(labels)} {labels.dtype}, the lowest {classes[:20]}"
+            f"{where}: labels must be 0 to K-1, one per image, every class present, K at least 2; "
+            f"found {len(labels)} labels, the lowest {classes[:20]}"
         )
 
 
 def _load_digits() -> ImageData:
+    """Load scikit-learn's 8x8 digits as 28x28: each pixel 3x3 times, with two black ones around."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # Enlarged bilinearly with clamped edges: pixel i of 28 lies at (i + 1/2) * 8/28 - 1/2 =
-    # (4 i - 5) / 14 of 8. Every weight is whole 14ths, so integers give the same bytes everywhere.
-    position = np.clip(4 * np.arange(28) - 5, 0, 7 * 14)
-    weights = np.maximum(14 - abs(position[:, None] - 14 * np.arange(8)), 0)
-    images = weights @ digits.images.astype(np.int64) @ weights.T
-    full = 14 * 14 * 16  # what the brightest pixel, 16, has become
-    images = ((images * 255 + full // 2) // full).astype(np.uint8)
+    grey = (digits.images.astype(np.int64) * 255 // 16).astype(np.uint8)  # 16 is the brightest
+    images = np.pad(grey.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
     labels = digits.target.astype(np.int64)
     md5 = hashlib.md5(images.tobytes() + labels.tobytes(), usedforsecurity=False).hexdigest()
-    source = "scikit-learn load_digits, 8x8 enlarged to 28x28"
-    return ImageData(images, labels, tuple("0123456789"), "digits", source, md5, official=None)
+    return ImageData(images, labels, tuple("0123456789"), "digits", "digits", md5, official=None)
 
 
 # ---- the authors' folders ------------------------------------------------------------------------
@@ -302,9 +356,9 @@ def _load_digits() -> ImageData:
 def convert(train_folder: str | Path, test_folder: str | Path | None, path: str | Path) -> None:
     """Convert the authors' format to an npz in MedMNIST's layout.
 
-    A folder has JPEG or PNG files named by integer id, padded or not; one CSV with the columns
-    `Id,Cell type` lies beside them, or else in the folder's parent. Of colour images the first
-    channel is taken. Raises DataError if a folder or an image is not so, or sizes differ.
+    A folder has JPEG or PNG files named by id, a decimal number, padded or not; one CSV with the
+    columns `Id,Cell type` lies beside them, or else in the folder's parent. Of colour images the
+    first channel is taken. Raises DataError if a folder or an image is not so, or sizes differ.
 
     Parameters
     ----------
@@ -314,27 +368,33 @@ def convert(train_folder: str | Path, test_folder: str | Path | None, path: str 
     test_folder : str or Path or None
         All of it is the test part. None: the first folder is split by `poster_split`.
     path : str or Path
-        The npz; must not exist.
+        The npz; must not exist, but its folder must.
     """
-    path = Path(path)
-    if path.exists():
-        raise DataError(f"{path} exists already: name a new file")
-    pairs = _list_images(Path(train_folder))
-    n = len(pairs)
-    if test_folder is None:
-        parts = poster_split(n)
-    else:
-        pairs += _list_images(Path(test_folder))
-        parts = _draw(np.arange(n), n, 0, 80, 100)._replace(test=np.arange(n, len(pairs)))
+    path = _expand(path)
+    if path.exists() or not path.parent.is_dir():
+        raise DataError(f"{path}: name a new file in a folder that exists")
+    pairs = _list_images(_expand(train_folder))
+    num_train = len(pairs)
+    if test_folder is not None:
+        pairs += _list_images(_expand(test_folder))
     files, labels = zip(*pairs, strict=True)
-    images, labels = _decode(files), np.array(labels)
+    images = _decode(files)
+    labels = np.array(labels)
     _check("the folders", images, labels)
+    if test_folder is None:
+        parts = poster_split(images)
+    else:
+        test = np.arange(num_train, len(pairs))
+        parts = _draw(np.arange(num_train), num_train, seed=0)._replace(test=test)
     arrays = {}
     for part, index in zip(PARTS, parts, strict=True):
         arrays |= {f"{part}_images": images[index], f"{part}_labels": labels[index, None]}
     temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez(temporary, **arrays)
-    temporary.replace(path)
+    try:
+        np.savez(temporary, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _list_images(folder: Path) -> list[tuple[Path, int]]:
@@ -346,17 +406,26 @@ def _list_images(folder: Path) -> list[tuple[Path, int]]:
         problem = "JPEG or PNG files expected in it, and one CSV in it or else in its parent"
         raise DataError(f"{folder}: {problem}; found {len(paths)} and {len(tables)}")
     try:
-        files = sorted((int(path.stem), path) for path in paths)
+        files = sorted((_decimal(path.stem), path) for path in paths)
         with tables[0].open(encoding="utf-8-sig", newline="") as table:
-            rows = sorted((int(row["Id"]), int(row["Cell type"])) for row in csv.DictReader(table))
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        problem = f"images' names, and Id and Cell type in {tables[0]}, must be integers"
-        raise DataError(f"{folder}: {problem}: {error!r}") from error
-    num_files, num_rows = Counter(i for i, _ in files), Counter(i for i, _ in rows)
-    if unpaired := sorted((num_files - num_rows) | (num_rows - num_files)):
+            records = list(csv.DictReader(table, restval=""))
+        rows = sorted((_decimal(row["Id"]), _decimal(row["Cell type"])) for row in records)
+    except (ValueError, KeyError, csv.Error) as error:
+        problem = f"images' names, and Id and Cell type in {tables[0]}, must be decimal digits"
+        raise DataError(f"{folder}: {problem}; found {error}") from error
+    num_files = Counter(image_id for image_id, _ in files)
+    num_rows = Counter(image_id for image_id, _ in rows)
+    wrong = sorted(i for i in num_files | num_rows if num_files[i] != 1 or num_rows[i] != 1)
+    if wrong:
         problem = f"every id must have one image and one row in {tables[0].name}"
-        raise DataError(f"{folder}: {problem}; {len(unpaired)} have not, such as {unpaired[0]}")
+        raise DataError(f"{folder}: {problem}; {len(wrong)} have not, such as {wrong[0]}")
     return [(path, label) for (_, path), (_, label) in zip(files, rows, strict=True)]
+
+
+def _decimal(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):  # int() reads 1_23 as 123; 18 digits fit int64
+        raise ValueError(repr(text))
+    return int(text)
 
 
 def _decode(files: Sequence[Path]) -> np.ndarray:
@@ -366,16 +435,17 @@ def _decode(files: Sequence[Path]) -> np.ndarray:
     for row, file in enumerate(files):
         try:
             with Image.open(file, formats=("JPEG", "PNG")) as image:
-                # Palettes and bits are not yet intensities.
-                plain = image.convert("RGB") if image.mode in ("1", "P") else image
-                pixels = np.asarray(plain.getchannel(0))
+                # Of CMYK the first channel is a negative, and 16 bits do not fit.
+                if image.mode not in ("1", "P", "L", "LA", "RGB", "RGBA"):
+                    raise ValueError(f"mode {image.mode}")
+                pixels = np.asarray(image.convert("RGB").getchannel("R"))
             if row == 0:
                 images = np.empty((len(files), *pixels.shape), np.uint8)
-            if pixels.dtype != np.uint8 or pixels.shape != images.shape[1:]:
-                raise ValueError(f"{pixels.dtype} {pixels.shape}, {files[0]} {images.shape[1:]}")
+            if pixels.shape != images.shape[1:]:
+                raise ValueError(f"{pixels.shape}, {files[0]} {images.shape[1:]}")
             images[row] = pixels
         except Exception as error:  # Pillow raises at least six kinds for damaged files
-            problem = "not a readable 8-bit JPEG or PNG file of the others' size"
+            problem = "not a readable 8-bit grey or RGB file, JPEG or PNG, of the others' size"
             raise DataError(f"{file}: {problem} ({error})") from error
     return images
 
@@ -383,42 +453,56 @@ def _decode(files: Sequence[Path]) -> np.ndarray:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def _print_summary(image_data: ImageData) -> None:
-    for field in ("name", "source", "md5"):
-        print(f"{field:<9} {getattr(image_data, field)}")
-    print(f"images    uint8 {image_data.images.shape}")
-    n = len(image_data.labels)
-    splits = {"poster": poster_split(n) if n > 5 else None, "official": image_data.official}
-    for kind, parts in splits.items():
-        if parts:
-            print("{:<9} {:,} train, {:,} valid, {:,} test".format(kind, *map(len, parts)))
+def _summary(image_data: ImageData) -> str:
+    """Return the lines that `main` prints of a data set."""
+    images = image_data.images
+    lines = [f"{field:<9} {getattr(image_data, field)}" for field in ("name", "source", "md5")]
+    lines.append(f"images    uint8 {images.shape}")
+    lines.append(f"mean grey {images.mean():.2f} raw, {stretch(images).mean():.2f} stretched")
+    for name in ("poster", "official"):
+        with contextlib.suppress(DataError):  # a split that this set does not have
+            sizes = map(len, split(image_data, name))
+            lines.append("{:<9} {:,} train, {:,} valid, {:,} test".format(name, *sizes))
     counts = np.bincount(image_data.labels)
     for k, (name, count) in enumerate(zip(image_data.class_names, counts, strict=True)):
-        print(f"class {k:<3} {count:>8,} {count / counts.sum():6.1%}  {name}")
+        lines.append(f"class {k:<3} {count:>8,} {count / counts.sum():6.1%}  {name}")
+    return "\n".join(lines)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:  # at exit, Python would fail again on what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _show(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done:,} of {total:,} bytes", end="\n" * (done == total), file=sys.stderr)
+    if sys.stderr and sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r{done:,} of {total:,} bytes", end=end, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the summary of a data set, or convert folders and print it of the result."""
+    with contextlib.suppress(AttributeError):  # stdout is closed, or a test's
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     source = words[-1] if words else "auto"
     try:
         match words:
             case ["-h" | "--help"]:
-                print(__doc__)
+                _print(__doc__)
                 return 0
-            case ["convert", train_folder, *test_folder, _] if len(test_folder) <= 1:
-                convert(train_folder, *test_folder or [None], source)
+            case ["convert", train_folder, path]:
+                convert(train_folder, None, path)
+            case ["convert", train_folder, test_folder, path]:
+                convert(train_folder, test_folder, path)
             case ["convert", *_] | [_, _, *_]:
                 raise DataError("expected [SOURCE], or convert TRAIN_FOLDER [TEST_FOLDER] OUT.npz")
-        _print_summary(load(source, progress=_show))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nothing more is flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print(_summary(load(source, progress=_show)))
+    except BrokenPipeError:  # `| head` has read enough
+        return 0
     except (DataError, ImportError, OSError, MemoryError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         return 2
