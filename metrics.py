@@ -1,10 +1,15 @@
-"""The numbers of a classification test, the text of the files that carry them, the figures.
+"""The numbers of a classification test, the CSV files that carry them, checks and figures.
 
-Accuracy and macro F1, recall and precision with bootstrap intervals; precision, recall and F1 of
-each class; the confusion matrix; a ROC curve a class, its AUC with DeLong's interval.
+    python metrics.py predictions.csv        print the tables of a predictions file
+    python metrics.py check FOLDER           check a run's test folder, or the poster's
+    python metrics.py spread TABLE.csv ...   print mean, std, min and max over several runs as CSV,
+                                             from their table.csv or their roc/auc.csv
+    python metrics.py draw FOLDER [--reference POSTER_FOLDER]
+                                             draw FOLDER/figures of a run, or of the poster
 
-``python metrics.py predictions.csv`` prints the tables of a predictions file: 50,000 images in
-8 classes take a second. In code::
+The numbers are accuracy and macro F1, recall and precision with bootstrap intervals; precision,
+recall and F1 of each class; the confusion matrix; one ROC curve per class, and its AUC with
+DeLong's interval. In code::
 
     predictions = read_predictions("predictions.csv")
     for name, (header, rows) in tables(predictions, class_names).items():
@@ -12,20 +17,22 @@ each class; the confusion matrix; a ROC curve a class, its AUC with DeLong's int
 
 Needs numpy and scikit-learn (which brings scipy), and matplotlib only to draw.
 
-Said once for all functions: N is the number of images, K > 1 that of classes; labels and predicted
-classes are (N,) integers, 0 to K - 1; logits and scores are (N, K) finite numbers; figures are
-floats from 0 to 1, NaN where undefined. Intervals are of 95 %. Wrong labels and wrong files raise
-`MetricsError`, a file that can't be read or written OSError, other arrays that don't fit the
-ValueError of NumPy or scikit-learn.
+What all functions share: N is the number of images, K > 1 the number of classes. Labels and
+predicted classes are (N,) integers from 0 to K - 1; logits and scores are (N, K) finite numbers.
+Figures are floats from 0 to 1, NaN where undefined. Intervals are 95 % intervals. Wrong labels and
+wrong files raise `MetricsError`, a file that cannot be read or written raises OSError, and other
+arrays that do not fit raise the ValueError of NumPy or scikit-learn.
 """
 
-import argparse
 import contextlib
 import csv
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -35,10 +42,11 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 import sklearn.metrics
 from numpy.typing import ArrayLike
 
-# The figures of `summary`, in its order, and what readers call them.
+# The figures of `summary`, in its order, and their names in tables.
 METRIC_NAMES = {
     "accuracy": "accuracy",
     "f1": "macro F1",
@@ -49,7 +57,7 @@ REPLICATES = 10_000  # of the bootstrap
 
 
 class MetricsError(ValueError):
-    """Labels or a file that can't be used; the message is one line and says what to do."""
+    """Labels or a file cannot be used; the message is one line and says what is wrong."""
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -74,6 +82,16 @@ class RocCurve(NamedTuple):
     tpr: np.ndarray
     thresholds: np.ndarray
     auc: float
+
+
+class ClassArea(NamedTuple):
+    """The area under one class's ROC curve by raw logits, its interval, and the area by softmax."""
+
+    auc: float
+    auc_low: float
+    auc_high: float
+    auc_softmax: float
+    support: int
 
 
 def _classes(values: ArrayLike, num_classes: int) -> np.ndarray:
@@ -103,7 +121,7 @@ def summary(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> dict[s
 def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
     """Return what `summary` returns, from a (K, K) confusion matrix of counts."""
     true, predicted = np.nonzero(matrix)
-    weight = np.asarray(matrix)[true, predicted]  # a cell stands for its images by its weight
+    weight = np.asarray(matrix)[true, predicted]  # one sample per cell, weighted by its count
     precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
         true, predicted, average="macro", sample_weight=weight, zero_division=0
     )
@@ -118,32 +136,32 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
     where both are.
     """
     labels, predicted = _classes(labels, num_classes), _classes(predicted, num_classes)
-    columns = sklearn.metrics.precision_recall_fscore_support(
+    precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=range(num_classes), zero_division=np.nan
     )
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    # scikit-learn returns the support as floats where no prediction is right.
+    rows = zip(precision.tolist(), recall.tolist(), f1.tolist(), map(int, support), strict=True)
     return [ClassMetrics(*row) for row in rows]
 
 
 def softmax(logits: ArrayLike) -> np.ndarray:
-    """Return the softmax of each row of (N, K) logits as float64, without overflow."""
-    logits = np.asarray(logits, dtype=np.float64)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    """Return the softmax of each row of (N, K) logits as float64."""
+    # In C order, because the order of summation, and so the last bit, depends on it.
+    return scipy.special.softmax(np.asarray(logits, dtype=np.float64, order="C"), axis=1)
 
 
 def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     """Return the ROC curve of each class against the rest.
 
-    Scores are raw logits, as the poster's authors did, or their `softmax`. The two give different
-    curves, because softmax compares a logit with the others. Points that no line needs are left out
-    (``drop_intermediate``). Where a class has no test image, `tpr` and `auc` are NaN, where it has
-    all of them, `fpr` and `auc`.
+    Scores are raw logits, which the poster's authors used, or their `softmax`. The two give
+    different curves, because softmax compares a logit with the others. Points on a straight line
+    between their neighbours are left out (``drop_intermediate``). Where a class has no test image,
+    `tpr` and `auc` are NaN; where it has all of them, `fpr` and `auc` are.
     """
     scores = np.asarray(scores, dtype=np.float64)
     labels = _classes(labels, scores.shape[1])
     curves = []
-    with warnings.catch_warnings(action="ignore"):  # of undefined curves, as NaN says
+    with warnings.catch_warnings(action="ignore"):  # of undefined curves, which NaN shows
         for k, column in enumerate(scores.T):
             fpr, tpr, thresholds = sklearn.metrics.roc_curve(labels == k, column)
             curves.append(RocCurve(fpr, tpr, thresholds, float(sklearn.metrics.auc(fpr, tpr))))
@@ -156,7 +174,7 @@ def bootstrap_intervals(matrix: ArrayLike, seed: int = 0) -> dict[str, tuple[flo
     The figures depend on the (K, K) confusion matrix alone, and drawing N of N images with
     replacement makes its cells multinomial; so each of 10,000 replicates is one multinomial draw,
     in 80,000 K^2 bytes, by ``numpy.random.RandomState(seed)``, whose stream NumPy promises to keep.
-    The intervals tell how far another test set would move the figures, not another training run.
+    The intervals show how far another test set would move the figures, not another training run.
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     matrix = np.asarray(matrix)
@@ -175,10 +193,10 @@ def bootstrap_intervals(matrix: ArrayLike, seed: int = 0) -> dict[str, tuple[flo
 
 
 def delong_interval(positive: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
-    """Return low and high end of an AUC's interval by DeLong's variance, in O(n log n).
+    """Return (low, high) of an AUC by DeLong's variance, in O(n log n).
 
-    `positive`, (N,) bool, tells whether an image is of the class; of its scores, (N,) numbers, only
-    the order matters. The interval is normal, cut to 0..1, and NaN if fewer than two images are
+    `positive`, (N,) bool, marks the images of the class; of their scores, (N,) numbers, only the
+    order matters. The interval is normal, cut to 0..1, and NaN if fewer than two images are
     positive or negative. Sources: DeLong, DeLong & Clarke-Pearson, Biometrics 44(3):837-845, 1988;
     Sun & Xu, IEEE Signal Processing Letters 21(11):1389-1393, 2014, for the O(n log n).
     """
@@ -201,15 +219,15 @@ def delong_interval(positive: ArrayLike, scores: ArrayLike) -> tuple[float, floa
 
 
 def write(path: str | Path, content: str | bytes) -> None:
-    r"""Write a file so that at no time a part of it stands under its name.
+    r"""Write a file, so that its name never stands for a part of it.
 
-    It is written as NAME.tmp in the same folder, which must be, and moved into place; if that
-    fails it is removed again. Text becomes UTF-8 with "\n" kept and lone surrogates escaped.
+    It is written as NAME.tmp in the same folder, which must exist, and moved into place; if that
+    fails, NAME.tmp is removed. Text becomes UTF-8 with "\n" kept and lone surrogates escaped.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # a killed process's is written over
+    temporary = path.with_name(path.name + ".tmp")  # what a killed process left is overwritten
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -218,21 +236,29 @@ def write(path: str | Path, content: str | bytes) -> None:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    r"""Return a CSV file's text: "\n", floats in full precision, NaN as nan."""
+    r"""Return the text of a CSV file: "\n", floats in full precision, NaN as nan."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])  # a float's str() is exact
     return text.getvalue()
 
 
-def read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a CSV file; each row has as many cells as the header."""
+def _read_text(path: str | Path) -> str:
+    """Return the text of a CSV file, without a byte order mark."""
     content = Path(path).read_bytes()
-    if not content.endswith(b"\n"):
+    if not content.endswith(b"\n") or content.isspace():
         raise MetricsError(f"{path}: empty, or its last row is cut short; write it again")
     try:
-        header, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise MetricsError(f"{path}: not a CSV file in UTF-8 ({error}); write it again") from None
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MetricsError(f"{path}: not in UTF-8 ({error}); write it again") from None
+
+
+def read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a CSV file; each row has as many cells as the header."""
+    try:
+        header, *rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    except csv.Error as error:
+        raise MetricsError(f"{path}: not a CSV file ({error}); write it again") from None
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise MetricsError(f"{path}: row {number} has {len(row)} cells, not {len(header)}")
@@ -240,7 +266,7 @@ def read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
 
 
 def read_column(path: str | Path, name: str, kind: Callable[[str], Any] = float) -> list[Any]:
-    """Return a column of a CSV file with rows, each cell as `kind` makes it of the text."""
+    """Return one column of a CSV file that has rows, each cell converted by `kind`."""
     header, rows = read_csv(path)
     if name not in header or not rows:
         raise MetricsError(f"{path}: no column {name}, or no row; write it again")
@@ -250,10 +276,25 @@ def read_column(path: str | Path, name: str, kind: Callable[[str], Any] = float)
         raise MetricsError(f"{path}: column {name}: {error}; write it again") from None
 
 
-class Predictions(NamedTuple):
-    """What predictions.csv holds: ids, labels, predicted (N,) int64; logits (N, K) float32.
+def read_confusion(folder: str | Path) -> np.ndarray:
+    """Return the confusion matrix (K, K) int64 of a folder's confusion.csv."""
+    path = Path(folder, "confusion.csv")
+    header, rows = read_csv(path)
+    try:
+        matrix = np.array([row[1:] for row in rows], dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise MetricsError(f"{path}: {error}; write it again") from None
+    num_classes = len(header) - 1
+    if matrix.shape != (num_classes, num_classes) or not matrix.any() or matrix.min() < 0:
+        raise MetricsError(f"{path}: not a square of counts; write it again")
+    return matrix
 
-    An id is an image's place in the data set; `predicted` is the (first) highest logit's class.
+
+class Predictions(NamedTuple):
+    """The columns of predictions.csv.
+
+    ids (N,) str, without commas, quotes and line breaks; labels (N,) int64; predicted (N,) int64,
+    the class of the (first) highest logit; logits (N, K) float32.
     """
 
     ids: np.ndarray
@@ -262,30 +303,40 @@ class Predictions(NamedTuple):
     logits: np.ndarray
 
 
+def _prediction_columns(num_classes: int) -> list[str]:
+    return ["id", "label", "predicted", *(f"logit_{k}" for k in range(num_classes))]
+
+
 def predictions_text(predictions: Predictions) -> str:
     """Return the text of predictions.csv, from which `read_predictions` makes the same bits."""
-    *integers, logits = predictions
+    ids, labels, predicted, logits = predictions
     if not np.isfinite(logits).all():
         raise MetricsError("a logit is not finite: did training diverge?")
-    header = ["id", "label", "predicted", *(f"logit_{k}" for k in range(logits.shape[1]))]
-    line = ",".join(["%d"] * 3 + ["%.9g"] * logits.shape[1])  # 9 digits tell all float32 apart
-    rows = zip(*(column.tolist() for column in (*integers, *logits.T)), strict=True)
-    return "\n".join([",".join(header), *(line % row for row in rows), ""])
+    num_classes = logits.shape[1]
+    line = ",".join(["%s,%d,%d"] + ["%.9g"] * num_classes)  # float32 needs 9 digits
+    columns = (column.tolist() for column in (ids, labels, predicted, *logits.T))
+    lines = [line % row for row in zip(*columns, strict=True)]
+    return "\n".join([",".join(_prediction_columns(num_classes)), *lines, ""])
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read predictions.csv, `id,label,predicted,logit_0,...`, and check that all of it agrees."""
-    header, rows = read_csv(path)
-    if header[:5] != ["id", "label", "predicted", "logit_0", "logit_1"] or not rows:
-        raise MetricsError(f"{path}: give rows of id,label,predicted,logit_0,logit_1,...")
-    num_classes = len(header) - 3
-    dtype = [("integers", np.int64, 3), ("logits", np.float32, num_classes)]
+    """Read predictions.csv and check that its columns agree.
+
+    They are id, label, predicted, logit_0, ..., logit_{K-1}, in this order, and no others.
+    """
+    header, *lines = _read_text(path).splitlines()
+    num_classes = max(2, header.count(",") - 2)
+    if header.split(",") != _prediction_columns(num_classes) or not lines or "" in lines:
+        expected = "rows of id,label,predicted,logit_0,logit_1,... and no other columns"
+        raise MetricsError(f"{path}: expected {expected}")
+    columns = [("id", object), ("label", np.int64), ("predicted", np.int64)]
+    columns.append(("logits", np.float32, num_classes))
     try:
-        table = np.loadtxt(path, dtype, delimiter=",", skiprows=1, comments=None, ndmin=1)
+        table = np.loadtxt(lines, columns, delimiter=",", comments=None, ndmin=1)
     except ValueError as error:  # names row and column
         raise MetricsError(f"{path}: {error} (row 0 is below the header)") from None
-    ids, labels, predicted = table["integers"].T.copy()
-    logits = table["logits"].copy()
+    ids = np.array(table["id"].tolist())
+    labels, predicted, logits = (table[name].copy() for name in ("label", "predicted", "logits"))
     for wrong, problem in (
         (~np.isfinite(logits).all(axis=1), "a logit is not finite"),
         (~np.isin(labels, range(num_classes)), f"the label is not 0 to {num_classes - 1}"),
@@ -297,56 +348,272 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def tables(predictions: Predictions, class_names: Sequence[str]) -> dict[str, tuple[list, list]]:
-    """Return header and rows, by file name, of all CSV files that follow from predictions.
+    """Return (header, rows), by file name, of all CSV files that follow from predictions.
 
-    They are confusion.csv, per_class.csv, roc/auc.csv (AUC by raw logits with its interval, AUC by
-    softmax), a roc/class_K.csv for each class and table.csv (the figures of `summary` with their
-    intervals). Cells are Python's str, int and float.
+    They are table.csv (the figures of `summary` with their intervals), confusion.csv,
+    per_class.csv, roc/auc.csv and one roc/class_K.csv per class. The last row of roc/auc.csv is the
+    mean over classes, which by softmax is the AUC of MedMNIST's evaluator. Cells are Python's str,
+    int and float.
     """
     _, labels, predicted, logits = predictions
-    num_classes = logits.shape[1]
+    num_images, num_classes = logits.shape
     if len(class_names) != num_classes:
         raise MetricsError(f"{len(class_names)} class names, {num_classes} logits; give one each")
     matrix = confusion(labels, predicted, num_classes)
     figures, intervals = summary_from_confusion(matrix), bootstrap_intervals(matrix)
+    metric_rows = [[METRIC_NAMES[key], value, *intervals[key]] for key, value in figures.items()]
+
+    names = [[k, str(name)] for k, name in enumerate(class_names)]
     classes = per_class(labels, predicted, num_classes)
+    class_rows = [[*name, *row] for name, row in zip(names, classes, strict=True)]
+
     curves, softmax_curves = roc_curves(labels, logits), roc_curves(labels, softmax(logits))
-    class_rows, auc_rows, points = [], [], {}
-    for k, (curve, of_class) in enumerate(zip(curves, classes, strict=True)):
-        name, interval = [k, str(class_names[k])], delong_interval(labels == k, logits[:, k])
-        class_rows.append([*name, *of_class])
-        auc_rows.append([*name, curve.auc, *interval, softmax_curves[k].auc, of_class.support])
-        points[f"roc/class_{k}.csv"] = np.column_stack(curve[:3]).tolist()
-    columns = ["label", *(f"predicted_{k}" for k in range(num_classes))]
-    auc_columns = ["class", "name", "auc", "auc_low", "auc_high", "auc_softmax", "support"]
-    rows = [[METRIC_NAMES[key], value, *intervals[key]] for key, value in figures.items()]
+    area_rows, curve_tables = [], {}
+    for k, curve in enumerate(curves):
+        interval = delong_interval(labels == k, logits[:, k])
+        area = ClassArea(curve.auc, *interval, softmax_curves[k].auc, classes[k].support)
+        area_rows.append([*names[k], *area])
+        points = np.column_stack([curve.fpr, curve.tpr, curve.thresholds]).tolist()
+        curve_tables[f"roc/class_{k}.csv"] = ["fpr", "tpr", "threshold"], points
+    mean_auc = float(np.mean([curve.auc for curve in curves]))
+    mean_softmax = float(np.mean([curve.auc for curve in softmax_curves]))
+    mean = ClassArea(mean_auc, math.nan, math.nan, mean_softmax, support=num_images)
+    area_rows.append(["mean", "", *mean])
+
+    labelled_counts = [[k, *counts] for k, counts in enumerate(matrix.tolist())]
     return {
-        "confusion.csv": (columns, [[k, *counts] for k, counts in enumerate(matrix.tolist())]),
+        "table.csv": (["metric", "value", "low_95", "high_95"], metric_rows),
+        "confusion.csv": (["label", *(f"predicted_{k}" for k, _ in names)], labelled_counts),
         "per_class.csv": (["class", "name", *ClassMetrics._fields], class_rows),
-        "roc/auc.csv": (auc_columns, auc_rows),
-        **{name: (["fpr", "tpr", "threshold"], rows) for name, rows in points.items()},
-        "table.csv": (["metric", "value", "low_95", "high_95"], rows),
+        "roc/auc.csv": (["class", "name", *ClassArea._fields], area_rows),
+        **curve_tables,
     }
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table, padded so that it reads well as plain text too.
 
-    The first column is set left, the others right; cells are shown by ``str``.
+    The first column is aligned left, the others right. Floats are shown with four digits after the
+    point, other cells by ``str``.
     """
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    cells = []
+    for row in (header, *rows):
+        texts = (f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row)
+        cells.append([text.replace("|", "\\|") for text in texts])
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     lines = [[a.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for a, *rest in cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# ---- figures -------------------------------------------------------------------------------------
-# Each is drawn from the files of a folder to STEM.png and STEM.svg, the same bytes each time. The
-# folder is a run's or the one with the poster's own results; `reference` is the latter, to be drawn
-# over a run. All raise ImportError where matplotlib is missing.
+def csv_table(path: str | Path) -> str:
+    """Return a CSV file as a Markdown table; whole numbers stay whole."""
+    header, rows = read_csv(path)
+    fraction = re.compile(r"-?\d+\.\d+(e-?\d+)?")
+    for row in rows:
+        row[:] = [float(cell) if fraction.fullmatch(cell) else cell for cell in row]
+    return markdown_table(header, rows)
 
-# Okabe & Ito, Color Universal Design, 2008: told apart by colour-blind readers and in grey print.
+
+def spread(paths: Sequence[str | Path]) -> tuple[list[str], list[list[Any]]]:
+    """Return (header, rows) of how figures spread over several runs: one row per figure.
+
+    `paths` are the runs' table.csv, or their roc/auc.csv. The columns are figure, runs, mean, std
+    (of a sample: ``ddof=1``; NaN for one run), min, max, and one per path.
+    """
+    runs = [_figures(path) for path in paths]
+    for path, run in zip(paths, runs, strict=True):
+        if run.keys() != runs[0].keys():
+            raise MetricsError(f"{path}: its figures are not those of {paths[0]}")
+    rows = []
+    for figure in runs[0]:
+        values = np.array([run[figure] for run in runs])
+        std = values.std(ddof=1) if len(runs) > 1 else math.nan
+        statistics = [values.mean(), std, values.min(), values.max()]
+        rows.append([figure, len(runs), *map(float, statistics), *values.tolist()])
+    return ["figure", "runs", "mean", "std", "min", "max", *map(str, paths)], rows
+
+
+def _figures(path: str | Path) -> dict[str, float]:
+    """Return the figures of table.csv or roc/auc.csv by name."""
+    header, _ = read_csv(path)
+    if "metric" in header:
+        names, values = read_column(path, "metric", str), read_column(path, "value")
+        return dict(zip(names, values, strict=True))
+    figures = {}
+    for column in ("auc", "auc_softmax"):
+        areas = zip(read_column(path, "class", str), read_column(path, column), strict=True)
+        for k, area in areas:
+            figures[f"mean {column}" if k == "mean" else f"{column} of class {k}"] = area
+    return figures
+
+
+# ---- checks --------------------------------------------------------------------------------------
+# A check is a function that raises at the first problem, with the file's name. Its docstring begins
+# with "Check that"; what follows is printed where there is no problem.
+
+
+def compare_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Raise MetricsError at the first cell in which a CSV file differs from a table."""
+    stored_header, stored_rows = read_csv(path)
+    if stored_header != [*header]:
+        columns = f"{','.join(stored_header)}, not {','.join(header)}"
+        raise MetricsError(f"{path}: the columns are {columns}")
+    pairs = itertools.zip_longest(stored_rows, rows, fillvalue=["no such row"] * len(header))
+    for number, (stored_row, row) in enumerate(pairs, start=2):
+        for column, stored, expected in zip(header, stored_row, map(str, row), strict=True):
+            if not _equal(stored, expected):
+                place = f"row {number}, column {column}"
+                raise MetricsError(f"{path}: {place}: {stored}, recomputed {expected}")
+
+
+def _equal(a: str, b: str) -> bool:
+    """Return whether two cells are equal; numbers are where they agree to 12 digits."""
+    try:
+        return a == b or math.isclose(float(a), float(b), rel_tol=1e-12, abs_tol=1e-12)
+    except ValueError:
+        return False
+
+
+def check_tables(folder: str | Path) -> None:
+    """Check that the tables, curves and AUCs follow from predictions.csv."""
+    predictions = read_predictions(Path(folder, "predictions.csv"))
+    path, num_classes = Path(folder, "per_class.csv"), predictions.logits.shape[1]
+    names = read_column(path, "name", str)
+    if len(names) != num_classes:
+        raise MetricsError(f"{path}: {len(names)} classes, predictions.csv has {num_classes}")
+    for name, (header, rows) in tables(predictions, names).items():
+        compare_csv(Path(folder, name), header, rows)
+
+
+def check_poster(folder: str | Path) -> None:
+    """Check that the poster's table follows from its confusion matrix, its AUCs from its curves."""
+    matrix = read_confusion(folder)
+    if matrix.sum() != 50_000:
+        raise MetricsError(f"{Path(folder, 'confusion.csv')}: {matrix.sum()} images, not 50000")
+    # The poster cuts its figures after four digits: precision 0.567883 became 0.5678.
+    figures = [math.floor(value * 1e4) / 1e4 for value in summary_from_confusion(matrix).values()]
+    ratios = (matrix.sum(axis=1) / matrix.sum()).round(2).tolist()
+    curves = Path(folder, "roc.csv")
+    fpr = read_column(curves, "fpr")
+    areas = [np.trapezoid(read_column(curves, f"tpr_{k}"), fpr) for k in range(len(matrix))]
+    for name, column, expected, tolerance in (
+        ("table.csv", "value", figures, 0),
+        ("per_class.csv", "ratio", ratios, 0),
+        ("auc.csv", "auc", np.round(areas, 4).tolist(), 1e-3),
+    ):
+        path = Path(folder, name)
+        stored = read_column(path, column)
+        same = len(stored) == len(expected) and np.allclose(stored, expected, 0, tolerance)
+        if not same:
+            raise MetricsError(f"{path}: column {column}: {stored}, recomputed {expected}")
+
+
+def write_sums(folder: str | Path) -> None:
+    """Write SHA256SUMS, which ``sha256sum -c`` reads, of all files in a folder and its folders.
+
+    It does not list itself, ``*.tmp`` and hidden files.
+    """
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(_digests(folder).items()))
+    write(Path(folder, "SHA256SUMS"), "".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def check_sums(folder: str | Path) -> None:
+    """Check that every file is as SHA256SUMS lists it."""
+    path = Path(folder, "SHA256SUMS")
+    listed, digests = {}, _digests(folder)
+    for line in path.read_bytes().decode("utf-8", "surrogateescape").splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    for name in sorted(listed.keys() | digests.keys()):
+        if name not in digests:
+            raise MetricsError(f"{path}: lists {name!r}, which is missing")
+        if name not in listed:
+            raise MetricsError(f"{Path(folder, name)}: SHA256SUMS does not list it")
+        if listed[name] != digests[name]:
+            raise MetricsError(f"{Path(folder, name)}: changed since SHA256SUMS was written")
+
+
+def _digests(folder: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that SHA256SUMS lists, by the file's name there."""
+    digests = {}
+    for path in Path(folder).rglob("*"):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and path.suffix != ".tmp" and str(name) != "SHA256SUMS":
+            digests[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
+
+
+def describe(error: Exception) -> str:
+    """Return a description of an error in one line."""
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} is missing"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or error}"
+    return " ".join(str(error).split())
+
+
+def passes(
+    check: Callable[..., None],
+    *arguments: Any,
+    root: str | Path,
+    errors: tuple[type[Exception], ...] = (MetricsError, OSError),
+) -> bool:
+    """Run one check, print its outcome in one line, and return whether it found no problem.
+
+    A problem is an error that is one of `errors`; its path is printed relative to `root`.
+    """
+    try:
+        check(*arguments)
+    except errors as error:
+        print(f"WRONG    {describe(error).removeprefix(f'{Path(root)}{os.sep}')}", flush=True)
+        return False
+    print(f"ok       {claim(check)}", flush=True)
+    return True
+
+
+def claim(check: Callable[..., None]) -> str:
+    """Return what a check claims where it passes: its docstring's first line without "Check that".
+
+    Its name is returned where ``python -OO`` has removed the docstring.
+    """
+    line = (check.__doc__ or check.__name__).splitlines()[0]
+    return line.removeprefix("Check that ").removesuffix(".")
+
+
+def check(folder: str | Path) -> bool:
+    """Check a run's test folder or the poster's folder; return whether no problem was found.
+
+    `folder` may be a run's folder with a folder `test`. One line is printed per check, then what is
+    left out. MetricsError is raised where there is nothing to check.
+    """
+    root = folder = Path(folder)
+    if (folder / "test").is_dir():
+        folder = folder / "test"
+    names = {path.name for path in folder.iterdir()}
+    if names & {"predictions.csv", "roc"}:
+        check_figures = check_tables
+        left_out = "labels and logits against the images and model.pt; poster.csv and run.json: "
+        left_out += "python reproduce.py --stage verify"
+    elif names & {"roc.csv", "auc.csv"}:
+        check_figures = check_poster
+        left_out = "history.csv and class names; all against the poster itself"
+    else:
+        raise MetricsError(f"{folder}: neither a run's test folder nor the poster's")
+    passed = [passes(each, folder, root=root) for each in (check_figures, check_sums)]
+    print(f"left out {left_out}")
+    print("nothing wrong in what was checked" if all(passed) else "something is WRONG", flush=True)
+    return all(passed)
+
+
+# ---- figures -------------------------------------------------------------------------------------
+# Each is drawn from the files of a stage's folder, or of the folder with the poster's own results,
+# to STEM.png and STEM.svg, the same bytes each time; STEM's folder is made if it is missing.
+# `reference` is the poster's folder, whose curves are drawn over a run's. All raise ImportError
+# where matplotlib is missing.
+
+# Okabe & Ito, Color Universal Design, 2008: distinct for colour-blind readers and in grey print.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
 _BLUE, _ORANGE, _GREY = _COLORS[0], _COLORS[1], "#999999"
 _POSTER = {"color": "black", "linestyle": "--", "linewidth": 0.9, "label": "poster"}
@@ -360,13 +627,32 @@ _STYLE = {
 }
 
 
+def _import_matplotlib() -> None:
+    """Import matplotlib whatever backend MPLBACKEND names: a `Figure` is drawn without one.
+
+    Notebooks export MPLBACKEND to all processes, and where that backend is not installed the import
+    fails. One that is installed stays the caller's choice.
+    """
+    backend = os.environ.get("MPLBACKEND")
+    if "matplotlib" in sys.modules or not backend:
+        return
+    del os.environ["MPLBACKEND"]
+    try:
+        import matplotlib
+    finally:
+        os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
+
+
 @contextlib.contextmanager
 def _figure(stem: str | Path, width: float, height: float, **grid: Any) -> Iterator[np.ndarray]:
     """Yield the axes of a figure (inches), (panels,), then add the legend and write the files."""
+    _import_matplotlib()
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context(_STYLE, after_reset=True):  # no matplotlibrc of the user's has a say
+    with style.context(_STYLE, after_reset=True):  # the user's matplotlibrc has no effect
         figure = Figure(figsize=(width, height), layout="compressed")
         panels = figure.subplots(squeeze=False, **grid).ravel()
         yield panels
@@ -375,6 +661,7 @@ def _figure(stem: str | Path, width: float, height: float, **grid: Any) -> Itera
         if len(entries) > 1:
             place = {"loc": "outside upper center", "ncols": len(entries), "frameon": False}
             figure.legend(entries.values(), entries.keys(), **place)
+        Path(stem).parent.mkdir(exist_ok=True)
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             picture = io.BytesIO()
             figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
@@ -382,21 +669,17 @@ def _figure(stem: str | Path, width: float, height: float, **grid: Any) -> Itera
 
 
 def _titles(names: Iterable[str], width: int) -> list[str]:
-    """Return '5: Podocytes' in lines of `width`, or '5' where the name says no more."""
+    """Return '5: Podocytes' in lines of `width`, or '5' where the name is the number."""
     titles = [name if name == str(k) else f"{k}: {name}" for k, name in enumerate(names)]
     return [textwrap.fill(title, width).replace("$", r"\$") for title in titles]  # "$": no formula
-
-
-def read_confusion(folder: str | Path) -> np.ndarray:
-    """Return the confusion matrix (K, K) of a folder."""
-    path = Path(folder, "confusion.csv")
-    return np.column_stack([read_column(path, name, int) for name in read_csv(path)[0][1:]])
 
 
 def _read_classes(folder: str | Path, width: int) -> tuple[list[str], np.ndarray]:
     """Return each class's title in lines of `width`, and its share of the test images."""
     names = read_column(Path(folder, "per_class.csv"), "name", str)
     support = read_confusion(folder).sum(axis=1)
+    if len(names) != len(support):
+        raise MetricsError(f"{folder}: per_class.csv and confusion.csv differ in their classes")
     return _titles(names, width), support / support.sum()
 
 
@@ -410,7 +693,7 @@ def _read_roc(folder: str | Path) -> list[tuple[list[float], list[float], str]]:
     path = Path(folder, "roc", "auc.csv")
     areas = zip(*(read_column(path, name) for name in ("auc", "auc_low", "auc_high")), strict=True)
     curves = []
-    for k, (area, low, high) in enumerate(areas):
+    for k, (area, low, high) in enumerate([*areas][:-1]):  # the last is the mean over classes
         path = Path(folder, "roc", f"class_{k}.csv")
         text = f"AUC {area:.3f}\n({low:.3f} to {high:.3f})"
         curves.append((read_column(path, "fpr"), read_column(path, "tpr"), text))
@@ -441,10 +724,12 @@ def draw_confusion(folder: str | Path, stem: str | Path) -> None:
 
 
 def draw_roc(folder: str | Path, stem: str | Path, reference: str | Path | None = None) -> None:
-    """Draw a panel a class: the ROC curve, its AUC with interval, the class ratio."""
+    """Draw one panel per class: the ROC curve, its AUC with interval, the class ratio."""
     titles, ratios = _read_classes(folder, 23)
     curves = _read_roc(folder)
-    poster = _read_roc(reference) if reference else []
+    poster = _read_roc(reference) if reference else curves
+    if not len(titles) == len(curves) == len(poster):
+        raise MetricsError(f"{folder}: per_class.csv, curves and reference differ in their classes")
     columns = min(len(curves), 4)
     rows = math.ceil(len(curves) / columns)
     size = 0.4 + 1.75 * columns, 0.6 + 1.95 * rows
@@ -486,7 +771,7 @@ def draw_history(folder: str | Path, stem: str | Path, reference: str | Path | N
 
 
 def draw_search(folder: str | Path, stem: str | Path) -> None:
-    """Draw the loss of each trial of the search against the epochs it had.
+    """Draw the loss of each trial of the search against its epochs.
 
     The trial with the lowest loss after the most epochs is highlighted.
     """
@@ -518,7 +803,7 @@ def draw_search(folder: str | Path, stem: str | Path) -> None:
 
 
 def draw_growth(folder: str | Path, stem: str | Path) -> None:
-    """Draw compare.csv: times and model size against the training images, a line a system."""
+    """Draw compare.csv: times and model size against the training images, one line per system."""
     path = Path(folder, "compare.csv")
     systems = np.array(read_column(path, "system", str))
     images = np.array(read_column(path, "training_images"))
@@ -540,7 +825,7 @@ def draw_growth(folder: str | Path, stem: str | Path) -> None:
 def draw_samples(
     images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], stem: str | Path
 ) -> None:
-    """Draw the first 8 images of each class, a row a class.
+    """Draw the first 8 images of each class, one row per class.
 
     Images are (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8: grey or RGB.
     """
@@ -556,35 +841,83 @@ def draw_samples(
         axes.set(xticks=[], frame_on=False)
 
 
+# What `draw` draws: the stage whose files it needs, the function, the caption.
+FIGURES = {
+    "roc": ("test", draw_roc, "ROC curves by raw logits"),
+    "history": ("train", draw_history, "Accuracy and loss over the epochs"),
+    "confusion": ("test", draw_confusion, "Confusion matrix"),
+    "class_ratios": ("test", draw_class_ratios, "Class ratios"),
+    "search": ("tune", draw_search, "Validation loss of each trial"),
+    "growth": ("compare", draw_growth, "Time and size over training images"),
+}
+
+
+def draw(folder: str | Path, reference: str | Path | None = None) -> list[str]:
+    """Draw the FIGURES of a run, or of the poster, into `folder`/figures; return their names.
+
+    `folder` holds the folders of a run's stages, of which those that are there are drawn, or it is
+    the poster's. MetricsError is raised where there is nothing to draw.
+    """
+    folder = Path(folder)
+    sources = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    if (folder / "roc.csv").exists():  # the poster's, whose files lie in no stage's folder
+        sources = {"test": folder, "train": folder}
+    names = [name for name, (stage, _, _) in FIGURES.items() if stage in sources]
+    if not names:
+        raise MetricsError(f"{folder}: neither a run's folder nor the poster's")
+    for name in names:
+        stage, draw_figure, _ = FIGURES[name]
+        over = {"reference": reference} if name in ("roc", "history") else {}
+        draw_figure(sources[stage], folder / "figures" / name, **over)
+    return names
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 
+def _print_tables(path: str | Path) -> None:
+    """Print the tables of a predictions file."""
+    predictions = read_predictions(path)
+    num_images, num_classes = predictions.logits.shape
+    files = tables(predictions, [""] * num_classes)
+    print(f"{num_images:,} images, {num_classes} classes, intervals of 95 %")
+    for name in ("table.csv", "per_class.csv", "roc/auc.csv"):
+        header, rows = files[name]
+        kept = [column != "name" for column in header]  # the file has no names of classes
+        lines = [[*itertools.compress(row, kept)] for row in (header, *rows)]
+        print(f"\n{markdown_table(lines[0], lines[1:])}", end="")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables of a predictions file; return 0, 2 for an error, 130 for Ctrl-C."""
-    about = "Print the tables of a predictions.csv file."
-    parser = argparse.ArgumentParser("metrics.py", description=about)
-    # One line, without the usage.
-    parser.error = lambda message: parser.exit(2, f"metrics.py: error: {message}\n")
-    parser.add_argument("predictions", help="columns id, label, predicted, logit_0, logit_1, ...")
-    path = parser.parse_args(argv).predictions
+    """Run a command line; return 0 done, 1 a check found a problem, 2 refused, 130 Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
+    with contextlib.suppress(AttributeError):  # stdout is closed, or a test's
+        sys.stdout.reconfigure(errors="backslashreplace")
+    status = 0
     try:
-        predictions = read_predictions(path)
-        names = [f"class {k}" for k in range(predictions.logits.shape[1])]
-        files = tables(predictions, names)
-        print(f"{len(predictions.ids):,} images, {len(names)} classes, intervals of 95 %")
-        # Without the column of the class's number, which its name has.
-        for name, first in (("table.csv", 0), ("per_class.csv", 1), ("roc/auc.csv", 1)):
-            header, *rows = (row[first:] for row in (files[name][0], *files[name][1]))
-            rows = [[f"{c:.4f}" if isinstance(c, float) else c for c in row] for row in rows]
-            print(f"\n{markdown_table(header, rows)}", end="", flush=True)
+        match words:
+            case ["-h" | "--help"]:
+                print(__doc__)
+            case ["check", folder]:
+                status = 0 if check(folder) else 1
+            case ["spread", *paths] if paths:
+                print(csv_text(*spread(paths)), end="")
+            case ["draw", folder] | ["draw", folder, "--reference", _]:
+                names = draw(folder, *words[3:])
+                print(f"PNG and SVG in {Path(folder, 'figures')}: {', '.join(names)}")
+            case ["check" | "spread" | "draw", *_] | [] | [_, _, *_]:
+                raise MetricsError("expected one of the command lines that --help shows")
+            case [path]:
+                _print_tables(path)
+        print(end="", flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    except (MetricsError, OSError) as error:
-        print(f"metrics.py: error: {error}", file=sys.stderr)
+    except (MetricsError, ImportError, OSError) as error:
+        print(f"metrics.py: error: {describe(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Tests of metrics.py; the oracles are scikit-learn, definitions written out, and hand counts."""
 
+import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +20,8 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support, roc
 import metrics
 from metrics import MetricsError, Predictions
 
-POSTER = Path(metrics.__file__).parent / "results" / "reference" / "poster"
+HOME = Path(metrics.__file__).parent
+POSTER = HOME / "results" / "reference" / "poster"
 POSTER_CONFUSION = np.loadtxt(POSTER / "confusion.csv", int, delimiter=",", skiprows=1)[:, 1:]
 POSTER_AREAS = [0.868, 0.760, 0.961, 0.944, 0.915, 0.939, 0.880, 0.817]
 NAMES = ["Collecting Duct, Connecting Tubule", 'a "quoted" name', "two\nlines", "Größe $x$ | µ"]
@@ -28,7 +32,8 @@ def predictions_of(seed=5, num_classes=4, n=100, used=None):
     generator = np.random.RandomState(seed)
     labels = generator.choice(num_classes if used is None else used, n).astype(np.int64)
     logits = (generator.normal(size=(n, num_classes)) + np.eye(num_classes)[labels]).astype("f4")
-    return Predictions(np.arange(n) * 3 - 5, labels, logits.argmax(axis=1), logits)
+    ids = np.array([hashlib.sha256(row).hexdigest()[:16] for row in logits])
+    return Predictions(ids, labels, logits.argmax(axis=1), logits)
 
 
 def sklearn_summary(labels, predicted):
@@ -54,7 +59,6 @@ def test_poster_figures():
     exact = {"accuracy": 0.638700, "f1": 0.542641, "recall": 0.535631, "precision": 0.567883}
     assert figures == pytest.approx(exact, abs=5e-7)
     labels, predicted = expand(POSTER_CONFUSION)
-    assert len(labels) == 50_000
     assert metrics.summary(labels, predicted, 8) == figures
     np.testing.assert_array_equal(metrics.confusion(labels, predicted, 8), POSTER_CONFUSION)
 
@@ -71,8 +75,15 @@ def test_undefined_figures_by_hand():
     np.testing.assert_allclose(metrics.per_class(labels, predicted, 5), expected, equal_nan=True)
 
 
+def test_support_is_an_integer_whatever_is_right():
+    for predicted in ([1, 0], [0, 1]):
+        support = [figures.support for figures in metrics.per_class([0, 1], predicted, 3)]
+        assert [*map(repr, support)] == ["1", "1", "0"]
+
+
 def test_softmax_does_not_overflow():
-    assert metrics.softmax([[0, math.log(3)], [1000, 1000]]).tolist() == [[0.25, 0.75], [0.5, 0.5]]
+    softmax = metrics.softmax([[0, math.log(3)], [1000, 1000]])
+    np.testing.assert_allclose(softmax, [[0.25, 0.75], [0.5, 0.5]])
 
 
 def test_roc_curves_by_definition():
@@ -112,10 +123,10 @@ def test_wrong_labels(wrong):
 
 
 def test_bootstrap_of_accuracy_in_closed_form():
-    intervals = metrics.bootstrap_intervals(POSTER_CONFUSION)
     reach = 1.959964 * math.sqrt(0.6387 * (1 - 0.6387) / 50_000)  # accuracy is binomial
-    assert intervals["accuracy"] == pytest.approx((0.6387 - reach, 0.6387 + reach), abs=2e-4)
-    assert metrics.bootstrap_intervals(POSTER_CONFUSION, seed=1) != intervals
+    for seed in (0, 1):
+        interval = metrics.bootstrap_intervals(POSTER_CONFUSION, seed)["accuracy"]
+        assert interval == pytest.approx((0.6387 - reach, 0.6387 + reach), abs=2e-4)
 
 
 def test_bootstrap_agrees_with_scikit_learn(monkeypatch):
@@ -146,12 +157,11 @@ def test_delong_by_definition():
     assert metrics.delong_interval(positive, scores) == expected
 
 
-def test_delong_by_hand():
+def test_delong_intervals_are_cut_to_0_and_1_and_need_two_of_each():
     few = [True, True, False, False]
-    low = 0.75 - 1.959963984540054 * math.sqrt((0.125 + 0.125) / 2)
-    assert metrics.delong_interval(few, [4, 2, 3, 1]) == pytest.approx((low, 1))  # cut to 1
+    assert metrics.delong_interval(few, [4, 2, 3, 1])[1] == 1
+    assert metrics.delong_interval(few, [3, 1, 4, 2])[0] == 0
     assert metrics.delong_interval(few, [3, 4, 1, 2]) == (1, 1)
-    assert metrics.delong_interval(few, [3, 1, 4, 2])[0] == 0  # cut to 0
     for single in ([True, False, False], [False, True, True], [True, True, True]):
         assert np.isnan(metrics.delong_interval(single, [2, 1, 3])).all()
 
@@ -159,22 +169,31 @@ def test_delong_by_hand():
 # ---- files ---------------------------------------------------------------------------------------
 
 
+def refuses(function, path, content, words):
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(MetricsError, match=f"{path}: .*{words}") as caught:
+        function(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_csv(tmp_path):
-    values = [1 / 3, np.float32(0.1), 5e-324, math.nan, -math.inf, np.int64(-7)]
+    values = [1 / 3, np.float32(0.1), math.nan, -math.inf, np.int64(-7)]
     rows = [[NAMES[i % 4], value] for i, value in enumerate(values)]
     text = metrics.csv_text(["name", "value"], rows)
     assert text == (
         'name,value\n"Collecting Duct, Connecting Tubule",0.3333333333333333\n'
-        '"a ""quoted"" name",0.1\n"two\nlines",5e-324\nGröße $x$ | µ,nan\n'
-        '"Collecting Duct, Connecting Tubule",-inf\n"a ""quoted"" name",-7\n'
+        '"a ""quoted"" name",0.1\n"two\nlines",nan\nGröße $x$ | µ,-inf\n'
+        '"Collecting Duct, Connecting Tubule",-7\n'
     )
     path = tmp_path / "a.csv"
-    metrics.write(path, text)
-    assert path.read_bytes() == text.encode()
-    cells = [[name, str(value)] for name, value in rows]
-    assert metrics.read_csv(path) == (["name", "value"], cells)
+    for start in ("", "\N{BYTE ORDER MARK}"):
+        metrics.write(path, start + text)
+        assert path.read_bytes() == (start + text).encode()
+        assert metrics.read_csv(path) == (["name", "value"], [[n, str(v)] for n, v in rows])
     assert metrics.read_column(path, "name", str) == [name for name, _ in rows]
-    np.testing.assert_array_equal(metrics.read_column(path, "value"), [float(c) for _, c in cells])
+    refuses(metrics.read_csv, path, "\n", "empty")
+    refuses(metrics.read_csv, path, 'a,b\n1,"2\n', "not a CSV file")
+    refuses(metrics.read_csv, path, "a,b\n1,2\n1\n", "row 3 has 1 cells, not 2")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -196,43 +215,41 @@ def test_predictions_round_trip(tmp_path):
     logits = bits.view(np.float32)[np.isfinite(bits.view(np.float32)).all(axis=1)]
     largest, least = np.finfo(np.float32).max, np.finfo(np.float32).smallest_subnormal
     logits[:2] = [[largest, -largest, 0], [-0.0, least, -least]]
-    ids = np.arange(len(logits))
-    ids[:2] = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    ids = np.array(["00000000000000e0", "f" * 16, *["12"] * (len(logits) - 2)])
     written = Predictions(ids, np.arange(len(ids)) % 3, logits.argmax(axis=1), logits)
     text = metrics.predictions_text(written)
-    assert text.startswith("id,label,predicted,logit_0,logit_1,logit_2\n9223372036854775807,0,0,3")
-    metrics.write(tmp_path / "p.csv", text)
-    for before, after in zip(written, metrics.read_predictions(tmp_path / "p.csv"), strict=True):
-        assert before.dtype == after.dtype
-        assert before.tobytes() == after.tobytes()  # the sign of zero as well
-
-
-def refuses(function, path, content, words):
-    path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(MetricsError, match=f"{path}: .*{words}") as caught:
-        function(path)
-    assert "\n" not in str(caught.value)
+    assert text.startswith("id,label,predicted,logit_0,logit_1,logit_2\n00000000000000e0,0,0,3")
+    for start in ("", "\N{BYTE ORDER MARK}"):
+        metrics.write(tmp_path / "p.csv", start + text)
+        read = metrics.read_predictions(tmp_path / "p.csv")
+        for before, after in zip(written, read, strict=True):
+            assert before.dtype == after.dtype
+            assert before.tobytes() == after.tobytes()  # the sign of zero as well
 
 
 HEADER = "id,label,predicted,logit_0,logit_1\n"
+ROW = HEADER + "a,1,1,0.5,1\n"
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("", "empty"),
-        (HEADER + "0,1,1,0.5,1", "cut short"),
-        (HEADER + "0,1,1,0.5,\udcff1\n", "not a CSV file in UTF-8 .*byte 0xff"),
-        (HEADER + '0,1,1,0.5,"1\n', "not a CSV file"),
-        (HEADER + "0,1,1,0.5,1\n0,1,1,0.5\n", "row 3 has 4 cells, not 5"),
-        (HEADER, "give rows of id,label"),
-        ("id,label,predicted,logit_0\n0,0,0,1\n", "give rows of id,label"),
-        (HEADER + "0,1,1,0.5,1\n1,1,1,0.5,x\n", "'x' .* row 1, column 5"),
-        (HEADER + "0,1.5,1,0.5,1\n", "'1.5'"),
-        (HEADER + "0,1,1,nan,1\n", "row 2: a logit is not finite"),
-        (HEADER + "0,2,1,0.5,1\n", "row 2: the label is not 0 to 1"),
-        (HEADER + "0,1,1,0.5,1\n1,1,2,0.5,1\n", "row 3: predicted is not the"),
-        (HEADER + "0,1,1,1,1\n", "row 2: predicted is not the"),  # not the first maximum
+        (ROW + "a,1,1,0.5,1", "cut short"),
+        (ROW + "a,1,1,0.5,\udcff1\n", "not in UTF-8 .*byte 0xff"),
+        (ROW + "a,1,1,0.5\n", "5 columns but 4 were found"),
+        (ROW + "\n", "expected rows of id,label"),
+        (HEADER, "expected rows of id,label"),
+        ("id,label,predicted,logit_0\na,0,0,1\n", "expected rows of id,label"),
+        ("id,label,predicted,logit_0,logit_1,correct\na,1,1,0.5,1,1\n", "no other columns"),
+        ("id,label,predicted,logit_1,logit_0\na,1,1,0.5,1\n", "no other columns"),
+        (ROW + "a,1,1,0.5,x\n", "'x' .* row 1, column 5"),
+        (ROW + "a,1.5,1,0.5,1\n", "'1.5'"),
+        (ROW + "a,1,1,nan,1\n", "row 3: a logit is not finite"),
+        (ROW + "a,1,1,0.5,1e39\n", "row 3: a logit is not finite"),
+        (ROW + "a,2,1,0.5,1\n", "row 3: the label is not 0 to 1"),
+        (ROW + "a,1,2,0.5,1\n", "row 3: predicted is not the"),
+        (ROW + "a,1,1,1,1\n", "row 3: predicted is not the"),  # not the first maximum
     ],
 )
 def test_malformed_predictions(tmp_path, content, words):
@@ -246,8 +263,9 @@ def test_logits_of_a_training_that_diverged_are_not_written():
         metrics.predictions_text(predictions)
 
 
-def test_tables():
-    _, labels, predicted, logits = predictions = predictions_of(6, used=[0, 1, 3])
+@pytest.mark.parametrize("used", [[0, 1, 3], [0, 1, 2, 3]])
+def test_tables(used):
+    _, labels, predicted, logits = predictions = predictions_of(6, used=used)
     tables = metrics.tables(predictions, NAMES)
     assert {name: ",".join(header) for name, (header, _) in tables.items()} == {
         "confusion.csv": "label,predicted_0,predicted_1,predicted_2,predicted_3",
@@ -259,8 +277,9 @@ def test_tables():
     rows = {name: rows for name, (_, rows) in tables.items()}
     cells = [cell for file in rows.values() for row in file for cell in row]
     assert {type(cell) for cell in cells} == {int, str, float}
-    for file in ("per_class.csv", "roc/auc.csv"):
-        assert [tuple(row[:2]) for row in rows[file]] == [*enumerate(NAMES)]
+    *areas, mean = rows["roc/auc.csv"]
+    for file in (rows["per_class.csv"], areas):
+        assert [tuple(row[:2]) for row in file] == [*enumerate(NAMES)]
     matrix = metrics.confusion(labels, predicted, 4)
     np.testing.assert_array_equal(np.array(rows["confusion.csv"])[:, 1:], matrix)
     values, intervals = sklearn_summary(labels, predicted), metrics.bootstrap_intervals(matrix)
@@ -271,11 +290,11 @@ def test_tables():
     columns = precision_recall_fscore_support(labels, predicted, zero_division=np.nan)
     figures = [row[2:] for row in rows["per_class.csv"]]
     np.testing.assert_allclose(figures, np.transpose(columns), equal_nan=True)
-    probabilities = metrics.softmax(logits)
-    for k, (*_, area, low, high, of_softmax, support) in enumerate(rows["roc/auc.csv"]):
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for k, (*_, area, low, high, of_softmax, support) in enumerate(areas):
         positive, points = labels == k, np.array(rows[f"roc/class_{k}.csv"])
         assert support == positive.sum()
-        if k == 2:
+        if k not in used:
             assert np.isnan([area, low, high, of_softmax, *points[:, 1]]).all()
             continue
         assert area == pytest.approx(roc_auc_score(positive, logits[:, k]))
@@ -283,17 +302,192 @@ def test_tables():
         assert (low, high) == metrics.delong_interval(positive, logits[:, k])
         assert of_softmax == pytest.approx(roc_auc_score(positive, probabilities[:, k]))
         assert of_softmax != area
+    expected = [math.nan] * 4
+    if len(used) == 4:  # by softmax as MedMNIST's evaluator has it
+        expected[0] = statistics.fmean(row[2] for row in areas)
+        expected[3] = roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
+    assert mean == ["mean", "", *(pytest.approx(area, nan_ok=True) for area in expected), 100]
     with pytest.raises(MetricsError, match="3 class names, 4 logits"):
         metrics.tables(predictions, NAMES[:3])
 
 
-def test_markdown_table():
-    assert metrics.markdown_table(["metric", "b"], [["a|b", 1], ["longer one", "0.6387"]]) == (
-        "| metric     |      b |\n"
-        "| ---------- | -----: |\n"
-        "| a\\|b       |      1 |\n"
-        "| longer one | 0.6387 |\n"
+def test_markdown_tables(tmp_path):
+    rows = [["a|b", "1", 1 / 3], ["longer one", "0.6387", math.nan]]
+    text = (
+        "| metric     |      b |   cost |\n"
+        "| ---------- | -----: | -----: |\n"
+        "| a\\|b       |      1 | 0.3333 |\n"
+        "| longer one | 0.6387 |    nan |\n"
     )
+    assert metrics.markdown_table(["metric", "b", "cost"], rows) == text
+    metrics.write(tmp_path / "a.csv", metrics.csv_text(["metric", "b", "cost"], rows))
+    assert metrics.csv_table(tmp_path / "a.csv") == text
+
+
+def test_spread_over_runs(tmp_path, capsys):
+    paths, runs = [str(tmp_path / f"{seed}.csv") for seed in range(3)], []
+    for seed, path in enumerate(paths):
+        header, rows = metrics.tables(predictions_of(seed), NAMES)["roc/auc.csv"]
+        metrics.write(path, metrics.csv_text(header, rows))
+        runs.append([row[2] for row in rows] + [row[5] for row in rows])
+    header, rows = metrics.spread(paths)
+    assert header == ["figure", "runs", "mean", "std", "min", "max", *paths]
+    names = [f"auc of class {k}" for k in range(4)] + ["mean auc"]
+    names += [name.replace("auc", "auc_softmax") for name in names]
+    for name, values, row in zip(names, zip(*runs, strict=True), rows, strict=True):
+        moments = statistics.fmean(values), statistics.stdev(values)
+        assert row == [name, 3, *map(pytest.approx, moments), min(values), max(values), *values]
+
+    path = str(tmp_path / "table.csv")
+    metrics.write(path, "metric,value,low_95,high_95\naccuracy,0.5,0.4,0.6\n")
+    assert metrics.main(["spread", path]) == 0
+    expected = f"figure,runs,mean,std,min,max,{path}\naccuracy,1,0.5,nan,0.5,0.5,0.5\n"
+    assert capsys.readouterr().out == expected
+    with pytest.raises(MetricsError, match=r"table\.csv: its figures are not those of .*0\.csv"):
+        metrics.spread([*paths, path])
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def test_comparison_with_a_table(tmp_path):
+    def compare(path):
+        metrics.compare_csv(path, ["a", "b"], [[1, 1 / 3], ["x", math.nan]])
+
+    third = "a,b\n1,0.3333333333333333\n"
+    metrics.write(tmp_path / "a.csv", "a,b\n1.0,0.33333333333333\nx,nan\n")  # 14 digits
+    compare(tmp_path / "a.csv")
+    for content, words in (
+        ("a,b\n1,0.33333333333\nx,nan\n", "row 2, column b: 0.33333333333, recomputed 0.3333"),
+        (third + "y,nan\n", "row 3, column a: y, recomputed x"),
+        (third + "x,0\n", "row 3, column b: 0, recomputed nan"),
+        (third, "row 3, column a: no such row, recomputed x"),
+        (third + "x,nan\n,\n", "row 4, column a: , recomputed no such row"),
+        (third.replace("a,b", "a,c"), "the columns are a,c, not a,b"),
+    ):
+        refuses(compare, tmp_path / "a.csv", content, words)
+
+
+RUN = predictions_of(6, 8, n=200, used=[0, 1, 3, 4, 5, 6, 7])
+AREA = f"AUC {roc_auc_score(RUN.labels == 3, RUN.logits[:, 3]):.3f}"
+INTERVAL = "({:.3f} to {:.3f})".format(*metrics.delong_interval(RUN.labels == 3, RUN.logits[:, 3]))
+
+
+def log_line(resource, trial, loss):
+    return json.dumps({"bracket": 1, "trial": trial, "resource": resource, "loss": loss}) + "\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return a run's folder, class 2 of 8 not in its test set."""
+    trials = [(1, 0, 0.5), (1, 1, 1.5), (1, 2, None), (1, 3, 900), (3, 1, 1.0)]
+    files = {
+        "test/predictions.csv": metrics.predictions_text(RUN),
+        "train/history.csv": (
+            "epoch,learning_rate,train_loss,valid_loss,train_accuracy,valid_accuracy\n"
+            "0,0.1,1,nan,0.5,0.4\n1,0.1,0.5,nan,0.5,0.4\n2,0.03,0.4,nan,0.5,0.4\n"
+        ),
+        "compare/compare.csv": (
+            "system,training_images,train_seconds,predict_seconds_per_1000,model_mb\n"
+            "KNN,1000,9.5,0.1,nan\nKNN,100000,1e3,0.1,nan\nCNN,10000,20,0.1,0.98\n"
+        ),
+        "tune/tuning.jsonl": "".join(log_line(*trial) for trial in trials) + '{"cut',
+    }
+    for name, table in metrics.tables(RUN, [*NAMES, "4", "five", "six", "seven"]).items():
+        files[f"test/{name}"] = metrics.csv_text(*table)
+    for name, content in files.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        metrics.write(tmp_path / "run" / name, content)
+    metrics.write_sums(tmp_path / "run" / "test")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def poster(tmp_path):
+    return shutil.copytree(POSTER, tmp_path / "poster")
+
+
+def checked(capsys, folder):
+    """Return the exit status of `metrics.py check`, and the lines that it printed."""
+    status = metrics.main(["check", str(folder)])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_check_finds_nothing_wrong(run, capsys):
+    for folder in (run, run / "test", POSTER):
+        status, (first, second, left_out, last) = checked(capsys, folder)
+        assert first.startswith("ok       the ")
+        assert second == "ok       every file is as SHA256SUMS lists it"
+        assert left_out.startswith("left out ")
+        assert (status, last) == (0, "nothing wrong in what was checked")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("test/table.csv", "accuracy,0.", "accuracy,0.0", "row 2, column value: 0.0"),
+        ("test/confusion.csv", "\n0,", "\n0,1", "row 2, column predicted_0: 1"),
+        ("test/per_class.csv", "\n5,five", "\n5,five,0,0,0,1\n6,five", "9 classes, .* has 8"),
+        ("test/roc/auc.csv", "4,4,0.", "4,4,0.0", "row 6, column auc: 0.0"),
+        ("test/roc/class_1.csv", "\n0.0,0.0,inf", "\n0.0,0.0,9", "row 2, column threshold: 9"),
+        ("test/predictions.csv", "predicted", "prediction", "expected rows of id,label"),
+        ("confusion.csv", "\n0,12535", "\n0,12536", "50001 images, not 50000"),
+        ("confusion.csv", "\n0,12535", "\n0,-12535", "not a square of counts"),
+        ("table.csv", "0.5678", "0.5679", "column value: .*0.5679], recomputed .*0.5678]"),
+        ("table.csv", "metric,value\n", "metric,value\nF2,0.1\n", "column value: .0.1, 0.6387"),
+        ("per_class.csv", "0.32", "0.33", "column ratio: .0.33, .*, recomputed .0.32, "),
+        ("auc.csv", "0.7602", "0.7702", "column auc: .*0.7702, .* recomputed .*0.760"),
+        ("roc.csv", "tpr_3", "tpr_9", "no column tpr_3"),
+    ],
+)
+def test_check_finds_a_changed_file(run, poster, capsys, file, old, new, words):
+    root, folder = (run, run / "test") if file.startswith("test/") else (poster, poster)
+    text = (root / file).read_text("utf-8")
+    assert old in text
+    metrics.write(root / file, text.replace(old, new, 1))
+    status, lines = checked(capsys, root)
+    assert re.match(f"WRONG    {file}: .*{words}", lines[0])
+    assert lines[1] == f"WRONG    {file}: changed since SHA256SUMS was written"
+    assert (status, lines[-1]) == (1, "something is WRONG")
+    (root / file).unlink()
+    metrics.write_sums(folder)
+    status, lines = checked(capsys, root)
+    assert (status, lines[0], lines[1][:2]) == (1, f"WRONG    {file} is missing", "ok")
+
+
+def test_sums(poster, capsys):
+    path, stored = poster / "SHA256SUMS", (poster / "SHA256SUMS").read_bytes()
+    for name in (".hidden", "figures/a.png.tmp"):
+        (poster / name).touch()
+    metrics.write_sums(poster)
+    assert path.read_bytes() == stored
+    lines = [line.split("  ") for line in stored.decode().splitlines()]
+    for digest, name in lines:
+        assert hashlib.sha256((poster / name).read_bytes()).hexdigest() == digest
+    for content, words in (
+        (stored + b"0" * 64 + b"  none.csv\n", "lists 'none.csv', which is missing"),
+        (stored.replace(lines[3][0].encode(), b"0" * 64), f"{lines[3][1]}: changed since"),
+        (stored[: stored.rindex(b"\n", 0, -1)], "table.csv: SHA256SUMS does not list it"),
+        (np.random.RandomState(0).bytes(900), "which is missing"),
+        (b"", "auc.csv: SHA256SUMS does not list it"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(MetricsError, match=words):
+            metrics.check_sums(poster)
+    path.unlink()
+    assert checked(capsys, poster)[1][1] == "WRONG    SHA256SUMS is missing"
+
+
+def test_a_check_without_docstring_and_with_errors_of_its_own(capsys):
+    def is_even(number):
+        if number % 2:
+            raise ArithmeticError("a/b: two\nlines")
+
+    assert metrics.passes(is_even, 2, root="a")
+    assert not metrics.passes(is_even, 3, root="a/", errors=(ArithmeticError,))
+    assert capsys.readouterr().out == "ok       is_even\nWRONG    b: two lines\n"
+    with pytest.raises(ArithmeticError):
+        metrics.passes(is_even, 3, root="a")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -309,9 +503,8 @@ def test_the_command_alone_in_an_empty_folder(tmp_path):
     _, labels, predicted, logits = predictions_of()
     accuracy, area = accuracy_score(labels, predicted), roc_auc_score(labels == 3, logits[:, 3])
     assert run.stdout.startswith("100 images, 4 classes, intervals of 95 %\n\n| metric ")
-    assert run.stdout.count("\n| name ") == 2
     assert re.search(rf"\| accuracy +\| {accuracy:.4f} \| 0\.\d{{4}} \|", run.stdout)
-    assert re.search(rf"\n\| class 3 \| {area:.4f} \|.* {(labels == 3).sum()} \|\n$", run.stdout)
+    assert re.search(rf"\n\| 3 +\| {area:.4f} \|.* {(labels == 3).sum()} \|\n", run.stdout)
 
     reading, writing = os.pipe()
     os.close(reading)  # as in `| head -1`
@@ -320,15 +513,30 @@ def test_the_command_alone_in_an_empty_folder(tmp_path):
     assert (run.returncode, run.stderr) == (0, b"")
 
 
-def test_main_reports_errors_in_one_line(tmp_path, capsys, monkeypatch):
+def test_wrong_use_is_one_line(tmp_path, capsys):
     (tmp_path / "empty.csv").touch()
-    assert metrics.main([str(tmp_path / "none.csv")]) == 2
-    assert metrics.main([str(tmp_path / "empty.csv")]) == 2
-    with pytest.raises(SystemExit, match="2"):
-        metrics.main([])
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert re.fullmatch(r"(metrics\.py: error: .*\n){3}", captured.err)
+    for words, message in (
+        ([], "expected one of the command lines"),
+        (["spread"], "expected one of the command lines"),
+        (["draw", "FOLDER", "--over", "FOLDER"], "expected one of the command lines"),
+        (["none.csv"], "none.csv is missing"),
+        (["check", tmp_path], f"{tmp_path}: neither a run's"),
+        (["draw", tmp_path], f"{tmp_path}: neither a run's"),
+        (["spread", tmp_path / "empty.csv"], f"{tmp_path / 'empty.csv'}: empty"),
+    ):
+        assert metrics.main([*map(str, words)]) == 2
+        captured = capsys.readouterr()
+        assert re.fullmatch(rf"metrics\.py: error: {re.escape(message)}.*\n", captured.err)
+        assert captured.out == ""
+
+
+def test_ctrl_c_and_a_stdout_that_is_closed_or_lacks_a_letter(tmp_path, monkeypatch):
+    metrics.write(tmp_path / "caf\xe9.csv", "metric,value\naccuracy,1\n")
+    ascii_output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for output in (None, ascii_output):
+        monkeypatch.setattr(sys, "stdout", output)
+        assert metrics.main(["spread", str(tmp_path / "caf\xe9.csv")]) == 0
+    assert rb"caf\xe9.csv" in ascii_output.buffer.getvalue()
 
     def interrupted(path):
         raise KeyboardInterrupt
@@ -338,38 +546,6 @@ def test_main_reports_errors_in_one_line(tmp_path, capsys, monkeypatch):
 
 
 # ---- figures -------------------------------------------------------------------------------------
-
-RUN = predictions_of(6, 8, n=200, used=[0, 1, 3, 4, 5, 6, 7])
-AREA = f"AUC {roc_auc_score(RUN.labels == 3, RUN.logits[:, 3]):.3f}"
-INTERVAL = "({:.3f} to {:.3f})".format(*metrics.delong_interval(RUN.labels == 3, RUN.logits[:, 3]))
-
-
-def log_line(resource, trial, loss):
-    return json.dumps({"bracket": 1, "trial": trial, "resource": resource, "loss": loss}) + "\n"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Return a run's folder, class 2 of 8 not in its test set."""
-    pytest.importorskip("matplotlib")
-    tables = metrics.tables(RUN, [*NAMES, "4", "five", "six", "seven"])
-    tables["history.csv"] = (
-        ["epoch", "learning_rate", "train_loss", "valid_loss", "train_accuracy", "valid_accuracy"],
-        [[e, 0.1 if e < 9 else 0.03, 1 / (e + 1), math.nan, 0.5, 0.4] for e in range(12)],
-    )
-    costs = ["train_seconds", "predict_seconds_per_1000", "model_mb"]
-    tables["compare.csv"] = (
-        ["system", "training_images", *costs, "note"],
-        [["KNN", n, n / 9, 0.1, math.nan, "a, b"] for n in (10**3, 10**5, 10**6)]
-        + [["CNN", 10**4, 20, 0.1, 0.98, ""]],
-    )
-    (tmp_path / "roc").mkdir()
-    for name, table in tables.items():
-        metrics.write(tmp_path / name, metrics.csv_text(*table))
-    trials = [(1, 0, 0.5), (1, 1, 1.5), (1, 2, None), (1, 3, 900), (3, 1, 1.0)]
-    lines = [log_line(*trial) for trial in trials]
-    metrics.write(tmp_path / "tuning.jsonl", "".join([*lines, '{"cut']))
-    return tmp_path
 
 
 def drawn(stem):
@@ -383,74 +559,105 @@ def drawn(stem):
     ("figure", "sources", "words"),
     [
         ("class_ratios", "run", [f"0: {NAMES[0]}", "2: two lines", f"3: {NAMES[3]}", "4", "0.00"]),
-        ("class_ratios", "poster", ["5: Podocytes", "0.32", "0.05", "0.04", "0.24"]),
         ("confusion", "poster", ["true class", *map(str, POSTER_CONFUSION.ravel())]),
         ("roc", "run", [AREA, INTERVAL, "AUC nan", f"3: {NAMES[3]}", "true positive rate"]),
         ("roc", "run poster", [AREA, INTERVAL, "poster AUC 0.944", "this run", "poster"]),
         ("roc", "poster", ["AUC 0.868", "class ratio 0.32"]),
-        ("history", "run", ["training", "validation", "learning rate drops", "epoch"]),
         ("history", "run poster", ["training", "validation", "learning rate drops", "poster"]),
         ("history", "poster", ["training", "validation", "accuracy", "loss"]),
         ("search", "run", ["trial", "lowest loss", "1", "3", "epochs (failed trials: 1)"]),
         ("growth", "run", ["CNN", "KNN", "training images", "model (MB)"]),
     ],
 )
-def test_figures(folder, figure, sources, words):
-    source, *reference = [{"run": folder, "poster": POSTER}[name] for name in sources.split()]
-    getattr(metrics, f"draw_{figure}")(source, folder / "a", *reference)
-    svg, texts = drawn(folder / "a")
+def test_figures(run, figure, sources, words):
+    pytest.importorskip("matplotlib")
+    stage, draw, _ = metrics.FIGURES[figure]
+    source, *reference = [{"run": run / stage, "poster": POSTER}[name] for name in sources.split()]
+    draw(source, run / "a", *reference)
+    svg, texts = drawn(run / "a")
     assert set(words) <= set(texts)
-    assert ("learning rate drops" in texts) == (figure == "history" and source == folder)
+    assert ("learning rate drops" in texts) == (figure == "history" and source != POSTER)
     # The poster's curves are the only black dashes, and one in the legend.
     curves = re.findall(r'd="([^"]*)"[^>]*stroke-dasharray: [^"]*stroke: #000000', svg)
     assert len(curves) == (0 if not reference else 8 + 1 if figure == "roc" else 4 + 1)
-
     for curve, area in zip(curves, POSTER_AREAS if figure == "roc" else (), strict=False):
         x, y = np.reshape(re.findall(r"[\d.]+", curve), (-1, 2)).astype(float).T
         share = np.trapezoid(y - y[0], x) / ((x[-1] - x[0]) * (y[-1] - y[0]))
         assert share == pytest.approx(area, abs=2e-3)
+    if figure == "search":  # the best goes from 1 epoch to 3; trial 0 had a lower loss after 1
+        (best,) = re.findall(r'd="([^"]*)" clip-path=[^>]*stroke: #0072b2; stroke-width: 2', svg)
+        assert best.count("L") == 1
 
 
-def test_draw_search_highlights_the_lowest_loss_after_the_most_epochs(folder):
-    metrics.draw_search(folder, folder / "a")
-    svg, _ = drawn(folder / "a")
-    (path,) = re.findall(r'd="([^"]*)" clip-path=[^>]*stroke: #0072b2; stroke-width: 2[;"]', svg)
-    assert path.count("L") == 1  # from 1 epoch to 3; trial 0 had a lower loss, but 1 epoch
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (8, 10, 1), (12, 8, 3)])
-def test_draw_samples(tmp_path, shape):
+def test_draw_a_folder(run, poster, tmp_path):
     pytest.importorskip("matplotlib")
-    images = np.random.RandomState(0).randint(256, size=(40, *shape), dtype=np.uint8)
-    metrics.draw_samples(images, np.arange(40) % 4, [*"abcd", "none"], tmp_path / "a")
-    assert drawn(tmp_path / "a")[1] == ["0: a", "1: b", "2: c", "3: d", "4: none"]
+    (tmp_path / "elsewhere").mkdir()
+    (run / "figures").symlink_to(tmp_path / "elsewhere")
+    shutil.rmtree(run / "tune")
+    shutil.rmtree(poster / "figures")
+    assert metrics.main(["draw", str(run), "--reference", str(POSTER)]) == 0
+    assert metrics.main(["draw", str(poster)]) == 0
+    for folder, names in (
+        (tmp_path / "elsewhere", ["class_ratios", "confusion", "growth", "history", "roc"]),
+        (poster / "figures", ["class_ratios", "confusion", "history", "roc"]),
+    ):
+        for kind in (".png", ".svg"):
+            assert sorted(path.stem for path in folder.glob(f"*{kind}")) == names
+    for name in ("history", "roc"):
+        assert any(text.startswith("poster") for text in drawn(tmp_path / "elsewhere" / name)[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "figure", "words"),
-    [
-        ("confusion.csv", "label,predicted_0\n0,many\n", "confusion", "predicted_0: .*'many'"),
-        ("confusion.csv", "label,predicted_0\n", "confusion", "no column predicted_0, or no row"),
-        ("history.csv", "epoch\n0\n", "history", "no column train_accuracy"),
-        ("tuning.jsonl", log_line(1, 0, 1.0) + "[1]\n", "search", "not a log of trials"),
-        ("tuning.jsonl", log_line("x", 0, 1.0), "search", "not a log of trials"),
-        ("tuning.jsonl", log_line(1, 0, None), "search", "no trial has a loss"),
-    ],
-)
-def test_a_figure_of_a_damaged_file(tmp_path, name, content, figure, words):
+def test_draw_samples(tmp_path):
     pytest.importorskip("matplotlib")
-    draw, stem = getattr(metrics, f"draw_{figure}"), tmp_path / "a"
-    refuses(lambda path: draw(path.parent, stem), tmp_path / name, content, words)
-    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    for shape in ((8, 8), (8, 10, 1), (12, 8, 3)):
+        images = np.random.RandomState(0).randint(256, size=(40, *shape), dtype=np.uint8)
+        metrics.draw_samples(images, np.arange(40) % 4, [*"abcd", "none"], tmp_path / "a")
+        assert drawn(tmp_path / "a")[1] == ["0: a", "1: b", "2: c", "3: d", "4: none"]
 
 
-def test_figures_are_the_same_whatever_the_settings_of_matplotlib(folder):
-    from matplotlib import rc_context, rcParams
+def test_a_figure_of_a_damaged_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    for draw, name, content, words in (
+        (metrics.draw_confusion, "confusion.csv", "label,predicted_0\n0,many\n", "'many'"),
+        (metrics.draw_history, "history.csv", "epoch\n0\n", "no column train_accuracy"),
+        (metrics.draw_search, "tuning.jsonl", log_line(1, 0, 1.0) + "[1]\n", "not a log of trials"),
+        (metrics.draw_search, "tuning.jsonl", log_line("x", 0, 1.0), "not a log of trials"),
+        (metrics.draw_search, "tuning.jsonl", log_line(1, 0, None), "no trial has a loss"),
+    ):
+        refuses(lambda path, draw=draw: draw(tmp_path, path), tmp_path / name, content, words)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "confusion.csv",
+        "history.csv",
+        "tuning.jsonl",
+    }
 
-    metrics.draw_class_ratios(folder, folder / "a")
-    with rc_context({"axes.facecolor": "red", "font.size": 5}):
-        metrics.draw_class_ratios(folder, folder / "b")
-        assert (rcParams["axes.facecolor"], rcParams["font.size"]) == ("red", 5)
+
+def test_a_figure_of_files_that_differ_in_their_classes(poster):
+    for file, words in (("auc.csv", "reference differ"), ("per_class.csv", "confusion.csv differ")):
+        lines = (poster / file).read_text("utf-8").splitlines(keepends=True)
+        metrics.write(poster / file, "".join(lines[:-1]))
+        with pytest.raises(MetricsError, match=words):
+            metrics.draw_roc(poster, poster / "a")
+
+
+def test_figures_are_the_same_whatever_the_settings_of_matplotlib(run):
+    matplotlib = pytest.importorskip("matplotlib")
+    metrics.draw_class_ratios(run / "test", run / "a")
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 5}):
+        metrics.draw_class_ratios(run / "test", run / "b")
+        assert matplotlib.rcParams["font.size"] == 5
     for kind in ("png", "svg"):
-        assert (folder / f"a.{kind}").read_bytes() == (folder / f"b.{kind}").read_bytes()
-    assert "dc:date" not in drawn(folder / "a")[0]
+        assert (run / f"a.{kind}").read_bytes() == (run / f"b.{kind}").read_bytes()
+    assert "dc:date" not in drawn(run / "a")[0]
+
+
+@pytest.mark.parametrize("backend", ["inline", "svg"])
+def test_figures_need_no_backend_and_leave_that_of_a_notebook(backend):
+    pytest.importorskip("matplotlib")
+    code = (
+        "import os, metrics\nwith metrics._figure('a', 1, 1): raise SystemExit("
+        "(os.environ['MPLBACKEND'], __import__('matplotlib').get_backend(auto_select=False)))"
+    )
+    command, environment = [sys.executable, "-c", code], {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run(command, env=environment, cwd=HOME, capture_output=True, text=True)
+    assert done.stderr == f"{(backend, 'svg' if backend == 'svg' else None)}\n"
