@@ -1,17 +1,19 @@
 """The poster's CNN, NephNet2D, and the mixed-precision loop that trains and applies them.
 
-``python model.py`` prints the layers; ``python model.py apply MODEL.pt IMAGES.npz OUT.csv`` applies
-a saved network to images. In code, with PyTorch 2.11 or newer::
+``python model.py`` prints the layers. ``python model.py apply MODEL.pt IMAGES.npz OUT.csv`` applies
+a saved network to raw images, which are stretched if the network was trained on stretched ones. In
+code, with PyTorch 2.11 or newer::
 
-    network = PosterCNN(num_classes=8)
+    network = build({"num_classes": 8}, seed=0)
     history = fit(network, train_images, train_labels, valid_images, valid_labels, POSTER)
     logits = predict(network, test_images)  # (N, 8) float32
 
-Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`; images are arrays,
-uint8, (N, H, W) for a network of one channel, else (N, H, W, C); labels are N integers from 0 to
-num_classes - 1; `device` and `precision` are as for `resolve_device` and `resolve_precision`.
-Images, labels and hyperparameters that do not fit or are out of range raise a ModelError of one
-line. PyTorch's global random state plays no part; the CPU's and `device`'s is left as it was.
+Everywhere, `network` is a PosterCNN or a NephNet2D, which is moved to `device`. Images are uint8,
+(N, H, W) for a network of one channel, else (N, H, W, C). Labels are N integers from 0 to
+num_classes - 1. Both may be arrays, tensors or lists. `device` and `precision` are as for
+`resolve_device` and `resolve_precision`. Input that does not fit or is out of range raises a
+ModelError of one line. The caller's autocast, default dtype and random state have no influence and
+are left as they were.
 
 Sources: W. Deng and K. Zhu, "Medical Image Classification Model Based on CNN" (poster, BUPT, 2022)
 and the settings in their public repository dw-dengwei/PML_coursework; NephNet2D: A. Woloshuk et
@@ -33,7 +35,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,55 +46,69 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 class ModelError(ValueError):
-    """Something given cannot be used, a file cannot be read, or the training diverged."""
+    """An argument cannot be used, a file cannot be read, or the training diverged."""
 
 
 class CheckpointError(ModelError):
-    """A training checkpoint cannot be read, or is of another run."""
+    """A training checkpoint cannot be read, or was made by another training."""
 
 
 @contextlib.contextmanager
-def _refusing(what: str, kind: type[ModelError] = ModelError) -> Iterator[None]:
-    """Make any error one line of ours: nobody lists those of damaged files or missing devices."""
+def _one_line_error(what: str, kind: type[ModelError] = ModelError) -> Iterator[None]:
+    """Raise `kind` instead of any error: damaged files raise more types than anyone can list."""
     try:
         yield
-    except FileNotFoundError:  # tells enough
+    except FileNotFoundError:  # is one line, and names the file
         raise
     except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise kind(f"{what} ({why})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise kind(f"{what} ({reason})") from None
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How a network is sized and trained; the defaults are the poster's printed values."""
+    """Size of a network and settings of its training; by default the poster's printed values."""
 
-    num_features: int = 8  # width of the first convolution, at least 1
-    batch_size: int = 128  # images a step, at least 1
-    learning_rate: float = 0.025  # the initial one, above 0
-    weight_decay: float = 0.004  # L2 penalty of every parameter, at least 0
-    momentum: float = 0.8  # in [0, 1)
-    nesterov: bool = True  # its Nesterov form; not printed, the authors' setting
-    dropout: float = 0.5  # share of the hidden layer's outputs dropped, in [0, 1)
-    patience: int = 5  # epochs without a better validation loss that the rate survives, at least 0
-    factor: float = 0.29  # what the rate is multiplied by then, in (0, 1)
-    epochs: int = 100  # at least 1; not printed, the axis of the curves
+    num_features: int = 8  # channels of the first convolution
+    batch_size: int = 128  # images per step
+    learning_rate: float = 0.025  # of the first epoch
+    weight_decay: float = 0.004  # L2 penalty of every parameter
+    momentum: float = 0.8
+    nesterov: bool = True  # not printed, the authors' setting
+    dropout: float = 0.5  # fraction of the hidden layer's outputs
+    patience: int = 5  # epochs without improvement before the learning rate drops
+    factor: float = 0.29  # what the learning rate is multiplied by then
+    epochs: int = 100  # not printed, the axis of the curves
 
     def __post_init__(self) -> None:
-        for name, least in {"num_features": 1, "batch_size": 1, "patience": 0, "epochs": 1}.items():
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ModelError(f"{name} must be an integer of at least {least}, not {value!r}")
-        in_range = {
-            "learning_rate": 0 < self.learning_rate <= sys.float_info.max,
-            "weight_decay": 0 <= self.weight_decay <= sys.float_info.max,
-            "momentum": 0 <= self.momentum < 1,
-            "nesterov": self.momentum > 0 or not self.nesterov,
-            "dropout": 0 <= self.dropout < 1,
-            "factor": 0 < self.factor < 1,
+        types = {"int": int, "float": (int, float), "bool": bool}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_bool = isinstance(value, bool)  # bool is a subclass of int
+            if is_bool != (field.type == "bool") or not isinstance(value, types[field.type]):
+                given = type(value).__name__
+                raise ModelError(f"{field.name} must be of type {field.type}, not {given}")
+        largest = sys.float_info.max
+        rules = {
+            "num_features must be at least 1": self.num_features >= 1,
+            "batch_size must be at least 1": self.batch_size >= 1,
+            "learning_rate must be positive and finite": 0 < self.learning_rate <= largest,
+            "weight_decay must be at least 0 and finite": 0 <= self.weight_decay <= largest,
+            "momentum must be in [0, 1)": 0 <= self.momentum < 1,
+            "nesterov must be False without momentum": self.momentum > 0 or not self.nesterov,
+            "dropout must be in [0, 1)": 0 <= self.dropout < 1,
+            "patience must be at least 0": self.patience >= 0,
+            "factor must be in (0, 1)": 0 < self.factor < 1,
+            "epochs must be at least 1": self.epochs >= 1,
         }
-        for name, holds in in_range.items():
+        for rule, holds in rules.items():
             if not holds:
-                raise ModelError(f"{name} {getattr(self, name)} is out of its range")
+                raise ModelError(f"{rule}, not {getattr(self, rule.split()[0])}")
 
 
 POSTER = Hyperparameters()
@@ -101,23 +117,29 @@ AUTHORS = replace(POSTER, learning_rate=0.025336627337952815, weight_decay=0.004
 
 # ---- networks ------------------------------------------------------------------------------------
 
+PIXELS = ("raw", "stretched")  # stretched: each image's darkest value is 0, its brightest 255
+
 
 class PosterCNN(nn.Module):
     """The poster's network: eight convolutions f, f, f, 2f, 2f, 4f, 8f, 16f, two dense layers.
 
     `num_features` is f. `num_classes` is at least 2, `in_channels` 1 for gray images and 3 for RGB,
-    `image_size` height and width in pixels, at least 8; `dropout`, in [0, 1), is the share of the
-    hidden layer's outputs dropped while training. By default there are 250,904 parameters. The
-    hidden dense layer and its dropout are the authors' code's, the figure leaves them out; weights
-    are initialised by PyTorch's defaults, as theirs were.
+    `image_size` height and width in pixels, at least 8; `dropout`, in [0, 1), is the fraction of
+    the hidden layer's outputs dropped while training. All are in the attribute `config`. The
+    attribute `pixels`, which `load_network` sets, is "raw" or "stretched" as the images were that
+    the network was trained on.
+
+    By default there are 250,904 parameters. The hidden dense layer and its dropout are in the
+    authors' code; the figure leaves them out. PyTorch's defaults initialise the weights, as theirs.
     """
 
     widths = (1, 1, 1, 2, 2, 4, 8, 16)  # of the 3x3 convolutions, in num_features
-    pooled = (4, 6, 7)  # those, counted from 1, that 2x2 average pooling follows
+    pooled = (4, 6, 7)  # the convolutions, counted from 1, that 2x2 average pooling follows
+    pixels = "raw"
 
     def __init__(self, num_features=8, num_classes=8, in_channels=1, image_size=28, dropout=0.5):
         super().__init__()
-        self.config = {  # what `build` takes
+        self.config = {
             "network": type(self).__name__,
             "num_features": num_features,
             "num_classes": num_classes,
@@ -127,32 +149,36 @@ class PosterCNN(nn.Module):
         }
         if image_size < 8:
             raise ModelError(f"images must be at least 8x8 pixels, not {image_size}x{image_size}")
-        layers, channels = [], in_channels
+        float32 = {"dtype": torch.float32}  # whatever the caller's torch.set_default_dtype
+        layers = []
+        inputs = in_channels
         for i, width in enumerate(self.widths, 1):
-            inputs, channels = channels, width * num_features
-            layers.append(nn.Conv2d(inputs, channels, 3, padding=1))  # (B, channels, H, W)
-            layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            outputs = width * num_features
+            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, **float32))  # (B, outputs, H, W)
+            layers.append(nn.BatchNorm2d(outputs, **float32))
+            layers.append(nn.ReLU(inplace=True))
             if i in self.pooled:
-                layers.append(nn.AvgPool2d(2))  # (B, channels, H // 2, W // 2)
+                layers.append(nn.AvgPool2d(2))  # (B, outputs, H // 2, W // 2)
+            inputs = outputs
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
             nn.Flatten(),  # (B, 16f * (H // 8) * (W // 8))
-            nn.Linear(channels * (image_size // 8) ** 2, 16 * num_features),
+            nn.Linear(inputs * (image_size // 8) ** 2, 16 * num_features, **float32),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(16 * num_features, num_classes),
+            nn.Linear(16 * num_features, num_classes, **float32),
         )
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) float in [0, 1]
         """Return a batch's logits."""
-        return self.classifier(self.features(images))  # (B, num_classes) logits
+        return self.classifier(self.features(images))  # (B, num_classes)
 
 
 class NephNet2D(PosterCNN):
     """The network that the poster's is based on: five convolutions f, 2f, 4f, 8f, 16f.
 
     Weights are Kaiming-normal and biases standard normal, as in its public code, which takes 64x64
-    images. The rest is `PosterCNN`'s.
+    images. The rest is as in `PosterCNN`.
     """
 
     widths = (1, 2, 4, 8, 16)
@@ -170,22 +196,24 @@ NETWORKS = {"PosterCNN": PosterCNN, "NephNet2D": NephNet2D}
 
 
 def build(config: dict[str, Any], seed: int = 0) -> PosterCNN:
-    """Build the network that `config` (a network's ``.config``) tells of, initialised by `seed`."""
+    """Return the network that a network's ``.config`` describes, initialised by `seed`."""
     arguments = {"network": "PosterCNN", **config}
-    with _refusing("no such network can be built"), _seeded(seed, torch.device("cpu")):
+    with _one_line_error("no such network can be built"), _isolated(seed, torch.device("cpu")):
         return NETWORKS[arguments.pop("network")](**arguments)
 
 
 @torch.inference_mode()
 def layer_table(network) -> list[tuple[str, tuple[int, ...], int, int]]:
-    """List (layer, output shape without the batch, parameters, multiply-accumulates an image)."""
-    size, rows, copied = network.config["image_size"], [], copy.deepcopy(network).cpu().eval()
-    outputs = torch.zeros(1, network.config["in_channels"], size, size)
-    for layer in [*copied.features, *copied.classifier]:
+    """Return one row per layer: name, output shape, parameters, multiply-accumulates per image."""
+    network = copy.deepcopy(network).cpu().eval()
+    channels, size = network.config["in_channels"], network.config["image_size"]
+    outputs = torch.zeros(1, channels, size, size, dtype=torch.float32)
+    rows = []
+    for layer in [*network.features, *network.classifier]:
         outputs = layer(outputs)  # (1, C, H, W), then (1, features)
         parameters = sum(p.numel() for p in layer.parameters())
         weights = layer.weight.numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0
-        macs = weights * outputs[0, 0].numel()
+        macs = weights * outputs[0, 0].numel()  # a weight is used once per output position
         rows.append((type(layer).__name__, tuple(outputs.shape[1:]), parameters, macs))
     return rows
 
@@ -194,10 +222,10 @@ def layer_table(network) -> list[tuple[str, tuple[int, ...], int, int]]:
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return the device meant; ``auto`` is the first CUDA GPU where there is one, else the CPU."""
+    """Return the device; ``auto`` is the first CUDA GPU if there is one, else the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _refusing(f"no device {str(device)!r} here"):
+    with _one_line_error(f"no device {str(device)!r} here"):
         device = torch.device(device)
         torch.empty(1, device=device)
     return device
@@ -210,30 +238,37 @@ PRECISIONS = ("auto", *_DTYPES)
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return ``fp32``, ``bf16`` or ``fp16``.
 
-    ``auto`` is what pays on the hardware: fp16 on CUDA (the poster's Apex O1), bf16 on a CPU with
-    instructions for it, else fp32: a CPU that has to emulate bf16 is ten times slower with it.
+    ``auto`` is fp16 on CUDA (the poster's Apex O1), bf16 on a CPU with instructions for it, else
+    fp32. A CPU that has to emulate bf16 is ten times slower with it.
     """
+    _check_choice("precision", precision, PRECISIONS)
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "fp16"
     has = torch.cpu.get_capabilities()
-    return "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+    has_bf16 = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    # Without the cache of cast weights: inside a caller's autocast it would outlive a step.
+    # The cache of cast weights is emptied where the outermost autocast ends. Inside another one,
+    # as in `_isolated`, it would outlive a step, and the next one would compute with old weights.
     return torch.autocast(device.type, _DTYPES[precision], precision != "fp32", cache_enabled=False)
 
 
-# Held while PyTorch's global random state is borrowed: threads would draw from each other's.
-_RANDOM = threading.RLock()
+# Threads share PyTorch's random state: one at a time may draw from it.
+_RANDOM_STATE = threading.RLock()
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch, and put the random state of the CPU and of `device` back afterwards."""
-    with _RANDOM, torch.random.fork_rng([device] if device.type == "cuda" else []):
+def _isolated(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch and disable the caller's autocast; afterwards restore both."""
+    with (
+        _RANDOM_STATE,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+    ):
         torch.manual_seed(seed)
         yield
 
@@ -250,7 +285,7 @@ def one_thread() -> Iterator[None]:
 
 
 def environment(device="auto") -> dict[str, Any]:
-    """Tell what results depend on beside the settings: PyTorch, device, threads."""
+    """Return what results depend on beside the settings: PyTorch, device, threads."""
     device = resolve_device(device)
     cpu_name = torch.cpu.get_capabilities().get("cpu_name", "")
     return {
@@ -262,20 +297,33 @@ def environment(device="auto") -> dict[str, Any]:
     }
 
 
+def _as_tensor(values) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    with _one_line_error("images and labels must be arrays of integers"):
+        array = np.asarray(values)
+        if array.dtype == object:  # a column of a table, for example
+            array = np.array(array.tolist())
+        # PyTorch takes no negative strides, no foreign byte order and no read-only memory.
+        return torch.as_tensor(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+
+
 def _to_device(config, device, images, labels=None) -> tuple[Tensor, Tensor | None]:
-    """Check that images and labels fit the network, and put them on the device, still uint8."""
+    """Check that images and labels fit the network; return both on the device, images as uint8."""
     size, channels, classes = config["image_size"], config["in_channels"], config["num_classes"]
     shape = (size, size) if channels == 1 else (size, size, channels)
-    images = torch.as_tensor(images, device=device)
+    images = _as_tensor(images)
     if images.dtype != torch.uint8 or images.shape[1:] != shape or len(images) == 0:
         given = f"{images.dtype} of {tuple(images.shape)}"
         raise ModelError(f"images must be uint8, one or more of {shape}, not {given}")
     if labels is None:
-        return images, None
-    labels = torch.as_tensor(labels, device=device).long()
-    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() >= classes:
+        return images.to(device), None
+    labels = _as_tensor(labels)
+    is_integer = labels.dtype != torch.bool and torch.can_cast(labels.dtype, torch.int64)
+    fits = is_integer and labels.shape == images.shape[:1]
+    if not fits or labels.long().min() < 0 or labels.long().max() >= classes:
         raise ModelError(f"labels must be {len(images)} integers from 0 to {classes - 1}")
-    return images, labels
+    return images.to(device), labels.long().to(device)
 
 
 def _as_input(images: Tensor) -> Tensor:  # (B, H, W) or (B, H, W, C) uint8
@@ -291,9 +339,9 @@ class EpochRecord(NamedTuple):
 
     epoch: int  # counted from 0, as in the authors' curves
     learning_rate: float  # the one this epoch trained with
-    train_loss: float  # over the images as they were trained on, dropout on; so is the accuracy
+    train_loss: float  # over the images as they were trained on, with dropout
     valid_loss: float
-    train_accuracy: float
+    train_accuracy: float  # over the images as they were trained on, with dropout
     valid_accuracy: float
     seconds: float  # wall time, validation included
 
@@ -316,10 +364,9 @@ def fit(
 ) -> list[EpochRecord]:
     """Train `network` in place as the poster did; it ends with the last epoch's weights.
 
-    SGD on the mean cross-entropy under `torch.autocast`, with a `GradScaler` in fp16;
-    ReduceLROnPlateau on the validation loss. The images stay uint8 on the device. Every image is
-    used once an epoch: the last batch is smaller, and takes in a single image left over, since
-    BatchNorm cannot normalise one.
+    SGD on the mean cross-entropy under `torch.autocast`, with a `GradScaler` in fp16, and
+    ReduceLROnPlateau on the validation loss. The images stay uint8 on the device. All epochs are
+    returned, those of a checkpoint included.
 
     Parameters
     ----------
@@ -328,61 +375,54 @@ def fit(
     seed : int
         Decides order and dropout, which start afresh from (seed, epoch) at every epoch.
     compile : {"auto", "on", "off"}
-        As for `resolve_compile`. Where compiling fails, for want of a C++ compiler perhaps, a
-        warning says so and training runs without.
+        As for `resolve_compile`. Where compiling fails, perhaps for want of a C++ compiler, a
+        warning says so and the training runs uncompiled.
     checkpoint : path, optional
-        Written after every epoch. Where it exists, training continues from it, and ends as if it
-        had never been interrupted; damaged or of another run, it raises a CheckpointError.
+        Written after every epoch. If it exists, the training continues from it and ends as if it
+        had never been interrupted; `network` must be given as it was before its first epoch. If
+        it is damaged or of other images, labels, weights or settings, a CheckpointError is raised.
+        A finished training may continue for more epochs.
     on_epoch, on_batch : callable, optional
         ``on_epoch(record)`` after every epoch that is trained here, not those of the checkpoint;
         ``on_batch(epoch, images_done)`` after every training step.
     """
-    device, config, h = resolve_device(device), network.config, hyperparameters
+    device = resolve_device(device)
     precision = resolve_precision(precision, device)
+    config, h = network.config, hyperparameters
     if (config["num_features"], config["dropout"]) != (h.num_features, h.dropout):
         raise ModelError("num_features or dropout differ between network and hyperparameters")
     images, labels = _to_device(config, device, train_images, train_labels)
     valid = _to_device(config, device, valid_images, valid_labels)
-    n, batch_size = len(images), min(len(images), h.batch_size)
+    n = len(images)
+    batch_size = min(n, h.batch_size)
+    if batch_size == 1 and config["image_size"] < 16:  # one number per channel after the poolings
+        raise ModelError("BatchNorm needs batches of 2 images, or images of at least 16x16 pixels")
+    if checkpoint is not None:
+        _check_writable(checkpoint)
 
     network.to(device).train()
     rule = {"momentum": h.momentum, "nesterov": h.nesterov, "weight_decay": h.weight_decay}
     optimizer = torch.optim.SGD(network.parameters(), h.learning_rate, **rule)
     scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    compile = resolve_compile(compile, device, config, n, h.epochs)
+    forward, compiled = _training_forward(network, images, labels, batch_size, precision, compile)
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = network(_as_input(images))  # (B, num_classes)
-        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
-
-    compiled = None
-    if resolve_compile(compile, config, n, h.epochs) == "on":
-        compiled = _compiled(step, network, images[:batch_size], labels[:batch_size], precision)
-    # Convolutions are fastest in channels-last everywhere, but PyTorch's own BatchNorm takes five
-    # times as long backwards in it where a CPU's threads share the work.
-    plain = compiled is None and device.type == "cpu" and torch.get_num_threads() > 1
-    network.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
-
-    # What a checkpoint must have been made with; a finished training may go on for more epochs.
-    run = [config, asdict(replace(h, epochs=1)), seed, precision, bool(compiled), n, len(valid[0])]
-    parts, history = [network, optimizer, scheduler, scaler], []
-    if checkpoint is not None and Path(checkpoint).exists():
-        history = _restore(checkpoint, run, parts, h.epochs)
+    parts = [network, optimizer, scheduler, scaler]
+    history = []
+    if checkpoint is not None:
+        fingerprint = _fingerprint(network, images, labels, *valid, h, seed, precision, compiled)
+        if Path(checkpoint).exists():
+            history = _restore(checkpoint, fingerprint, parts, h.epochs)
 
     for epoch in range(len(history), h.epochs):
-        started, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        started = time.perf_counter()
+        rate = optimizer.param_groups[0]["lr"]
         loss_sum = correct = done = 0
         network.train()
-        digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-        with _seeded(int.from_bytes(digest[:8]) >> 1, device):
-            batches = list(torch.randperm(n).to(device).split(batch_size))
-            if len(batches[-1]) == 1 < batch_size:
-                batches[-2:] = [torch.cat(batches[-2:])]
-            for batch in batches:  # (B,) int64, indices
-                # Another size would be compiled anew: the last batch runs as it is.
-                run_step = compiled if compiled and len(batch) == batch_size else step
-                with _autocast(device, precision):
-                    loss, hits = run_step(images[batch], labels[batch])
+        with _isolated(_epoch_seed(seed, epoch), device):
+            for batch in _epoch_batches(n, batch_size, device):  # (B,) int64, indices
+                loss, hits = forward(images[batch], labels[batch])
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
@@ -401,65 +441,110 @@ def fit(
         history.append(EpochRecord(epoch, rate, *figures, time.perf_counter() - started))
         if checkpoint is not None:
             states = [part.state_dict() for part in parts]
-            _save({"run": run, "history": [*map(tuple, history)], "states": states}, checkpoint)
+            records = [tuple(record) for record in history]
+            _save({"fingerprint": fingerprint, "history": records, "states": states}, checkpoint)
         if on_epoch:
             on_epoch(history[-1])
     return history
 
 
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """Return a seed that a resumed training finds again."""
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _epoch_batches(n: int, batch_size: int, device: torch.device) -> list[Tensor]:
+    """Return the indices of n images in random order, by batches, of which the last is smaller."""
+    batches = list(torch.randperm(n).to(device).split(batch_size))
+    if len(batches[-1]) == 1 < batch_size:  # BatchNorm cannot normalise a single image
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
 def learning_rates(hyperparameters: Hyperparameters, valid_losses: Iterable[float]) -> list[float]:
-    """Return the rate each epoch trained with, as `fit`'s scheduler makes it of these losses."""
-    h, rates = hyperparameters, []
+    """Return the learning rate of each epoch of a training with these validation losses."""
+    h = hyperparameters
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=h.learning_rate)
     scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
+    rates = []
     for loss in valid_losses:
         rates.append(optimizer.param_groups[0]["lr"])
         scheduler.step(loss)
     return rates
 
 
+# ---- compiling -----------------------------------------------------------------------------------
+
 COMPILE = ("auto", "on", "off")
 
 
-def resolve_compile(compile: str, network_config: dict, num_images: int, epochs: int) -> str:
-    """Say whether `torch.compile` fuses the training step: ``on`` or ``off``.
+def resolve_compile(compile, device, network_config, num_images, epochs) -> str:
+    """Return whether `torch.compile` fuses the training step: ``on`` or ``off``.
 
-    It changes nothing beyond rounding. It takes 10 to 30 seconds and saves a third of the time, so
-    ``auto`` is on from 3e12 forward multiply-accumulates of a whole training, a resumed one's
-    beginning included: some minutes of two cores.
+    It changes nothing beyond rounding. It takes 10 to 30 seconds and saves a third of the time on
+    two Xeon cores. So on a CPU ``auto`` is on from 3e12 forward multiply-accumulates of a whole
+    training, some minutes there. On a GPU it is off, because nobody has tried it on one.
     """
+    _check_choice("compile", compile, COMPILE)
     if compile != "auto":
         return compile
     macs = sum(row[3] for row in layer_table(build(network_config)))
-    return "on" if macs * num_images * epochs > 3e12 else "off"
+    return "on" if device.type == "cpu" and macs * num_images * epochs > 3e12 else "off"
 
 
-def _compiled(step, network, images, labels, precision) -> Callable | None:
-    """Compile a training step for such a batch; None, and a warning, where that fails."""
+def _training_forward(network, images, labels, batch_size, precision, compile):
+    """Return a batch's forward pass, to (loss, number of hits), and whether it is compiled.
+
+    The network gets the memory format that suits it.
+    """
+    device = images.device
+
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = network(_as_input(images))  # (B, num_classes)
+        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+
+    example = images[:batch_size], labels[:batch_size]
+    compiled = _compiled(forward, network, *example, precision) if compile == "on" else None
+    # Convolutions are fastest in channels-last everywhere, but PyTorch's own BatchNorm takes five
+    # times as long backwards in it where a CPU's threads share the work (two Xeon cores).
+    contiguous = compiled is None and device.type == "cpu" and torch.get_num_threads() > 1
+    network.to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+
+    def autocast_forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # Another size would be compiled anew: the last batch runs as it is.
+        function = compiled if compiled and len(images) == batch_size else forward
+        with _autocast(device, precision):
+            return function(images, labels)
+
+    return autocast_forward, compiled is not None
+
+
+def _compiled(forward, network, images, labels, precision) -> Callable | None:
+    """Compile the forward pass for such a batch; return None, with a warning, where that fails."""
     # With PyTorch's own random numbers: dropout draws what it would draw uncompiled.
     options = {"fallback_random": True, "triton.cudagraphs": images.device.type == "cuda"}
     is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if is_avx512 and precision == "fp32" and network.config["num_features"] % 16:
-        # The loops run along the channels, and 8 of them fill half a register of 512 bits, which
-        # has to be loaded masked then: a step of the poster's network takes 1.4 times as long.
+        # The loops run along the channels. 8 of them fill half a register of 512 bits, which is
+        # loaded masked then: a step of the poster's network takes 1.4 times as long (Xeon).
         options["cpp.simdlen"] = 256
-    # What an earlier call compiled was of another network; too many of them, and no more follow.
-    torch.compiler.reset()
+    torch.compiler.reset()  # else PyTorch stops compiling after some trainings in one process
     network.to(memory_format=torch.channels_last)
     before = copy.deepcopy(network.state_dict())
-    try:  # forward and backward for nothing, so that what can fail fails here
+    try:  # A step that changes nothing, so that what can fail fails here.
         with (
-            _refusing("torch.compile fails here"),
+            _one_line_error("torch.compile fails here"),
             warnings.catch_warnings(action="ignore"),
-            _seeded(0, images.device),
+            _isolated(0, images.device),
         ):
-            compiled = torch.compile(step, dynamic=False, options=options)
+            compiled = torch.compile(forward, dynamic=False, options=options)
             with _autocast(images.device, precision):
                 loss, _ = compiled(images, labels)
             loss.backward()
             return compiled
     except (ModelError, OSError) as error:
-        warnings.warn(f"{error}; training runs uncompiled", stacklevel=3)
+        warnings.warn(f"{error}; training runs uncompiled", stacklevel=4)
         return None
     finally:
         network.load_state_dict(before)
@@ -489,14 +574,17 @@ def _logits(network, images, precision) -> Iterator[Tensor]:
 def evaluate(network, images, labels, *, device="auto", precision="auto") -> tuple[float, float]:
     """Return mean cross-entropy and accuracy as `fit` validates."""
     device = resolve_device(device)
+    precision = resolve_precision(precision, device)
     images, labels = _to_device(network.config, device, images, labels)
     loss_sum = correct = done = 0
-    for logits in _logits(network.to(device), images, resolve_precision(precision, device)):
+    for logits in _logits(network.to(device), images, precision):
         target = labels[done : done + len(logits)]
-        loss_sum += nn.functional.cross_entropy(logits, target, reduction="sum").double()
-        correct += (logits.argmax(1) == target).sum()
+        # Python's sum is in float64, which not every device has. Reading a number stalls a GPU,
+        # but only once for 4096 images.
+        loss_sum += nn.functional.cross_entropy(logits, target, reduction="sum").item()
+        correct += (logits.argmax(1) == target).sum().item()
         done += len(logits)
-    return loss_sum.item() / done, correct.item() / done
+    return loss_sum / done, correct / done
 
 
 def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
@@ -519,43 +607,89 @@ def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def save_network(network: PosterCNN, path: str | os.PathLike) -> None:
-    """Write weights and `config` to `path`; the same weights are the same bytes."""
-    _save({"config": network.config, "network": network.state_dict()}, path)
+def save_network(network: PosterCNN, path: str | os.PathLike, pixels: str | None = None) -> None:
+    """Write weights, `config` and `pixels` to `path`; the same network is the same bytes.
+
+    `pixels` is "raw" or "stretched", as the training images were; by default the network's own.
+    """
+    pixels = pixels or network.pixels
+    _check_choice("pixels", pixels, PIXELS)
+    _save({"config": network.config, "pixels": pixels, "network": network.state_dict()}, path)
 
 
 def load_network(path: str | os.PathLike) -> PosterCNN:
-    """Read a network that `save_network` wrote, onto the CPU; no code in the file is run."""
-    with _refusing(f"{path} is no saved network"):
+    """Return a network that `save_network` wrote, on the CPU; no code in the file is run.
+
+    It must be given such images, "raw" or "stretched", as its attribute `pixels` says.
+    """
+    with _one_line_error(f"{path} is no saved network"):
         content = _load(path)
         network = build(content["config"])
         network.load_state_dict(content["network"])
+        network.pixels = content["pixels"]
     return network
 
 
-def _restore(path: str | os.PathLike, run: list, parts: list, epochs: int) -> list[EpochRecord]:
-    """Load the states of a checkpoint of this very run; return its history."""
-    with _refusing(f"remove {path}: it is no checkpoint to go on from", CheckpointError):
+def _fingerprint(
+    network, train_images, train_labels, valid_images, valid_labels, h, seed, precision, compiled
+) -> dict[str, Any]:
+    """Return what a checkpoint and the training that continues from it must have in common."""
+    return {
+        "network": network.config,
+        "starting weights": _sha256(*network.state_dict().values()),
+        "training images": _sha256(train_images),
+        "training labels": _sha256(train_labels),
+        "validation images": _sha256(valid_images),
+        "validation labels": _sha256(valid_labels),
+        "hyperparameters": asdict(replace(h, epochs=1)),  # more epochs may follow
+        "seed": seed,
+        "precision": precision,
+        "compiling": compiled,
+    }
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _restore(path, fingerprint: dict, parts: list, epochs: int) -> list[EpochRecord]:
+    """Load the states of a checkpoint of this very training; return its history."""
+    with _one_line_error(f"remove {path}: training cannot continue from it", CheckpointError):
         content = _load(path)
-        if content["run"] != run or len(content["history"]) > epochs:
-            raise ValueError("of another run: network, settings, epochs, precision or images")
+        saved = content["fingerprint"]
+        others = [name for name in fingerprint if saved[name] != fingerprint[name]]
+        if others:
+            raise ValueError(f"it is of other {', '.join(others)}")
         history = [EpochRecord(*record) for record in content["history"]]
+        if len(history) > epochs:
+            raise ValueError(f"it has {len(history)} epochs")
         for part, state in zip(parts, content["states"], strict=True):
             part.load_state_dict(state)
     return history
 
 
 def _save(content: dict[str, Any], path: str | os.PathLike) -> None:
-    # Through memory: torch.save writes a file's name into it, and of a full disk tells no reason.
+    # Not straight to the file: torch.save would write its name into it, and hide why it fails.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     _write(buffer.getvalue(), path)
 
 
+def _check_writable(path: str | os.PathLike) -> None:
+    """Raise a ModelError if `_write` could not write there, before the work instead of after it."""
+    path = Path(path).absolute()
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise ModelError(f"cannot write {path}: no such folder, or not a regular file")
+
+
 def _write(content: bytes, path: str | os.PathLike) -> None:
     """Write a file that is there complete or not at all."""
+    path = Path(path).resolve()  # a link stays, the file that it points to is replaced
     # A name of its own: workers that outlive a killed search may write the same checkpoint.
-    temporary = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -565,8 +699,9 @@ def _write(content: bytes, path: str | os.PathLike) -> None:
 
 def _load(path: str | os.PathLike) -> Any:
     with zipfile.ZipFile(path) as archive:
-        # torch.load takes flipped bits unsuspecting; the archive's checksums do not.
-        if damaged := archive.testzip():
+        # torch.load does not notice flipped bits; the archive's checksums do.
+        damaged = archive.testzip()
+        if damaged:
             raise ValueError(f"{damaged} in it is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -574,61 +709,85 @@ def _load(path: str | os.PathLike) -> Any:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def _print_layers(network: PosterCNN) -> None:
-    name, rows = type(network).__name__, layer_table(network)
-    total, macs = sum(row[2] for row in rows), sum(row[3] for row in rows)
-    print(f"{name}: {total:,} parameters, {macs:,} multiply-accumulates (MACs) an image")
-    print(f"{'layer':<12}{'output':>10}{'parameters':>12}{'MACs':>10}")
+def _layers_text(network: PosterCNN) -> str:
+    rows = layer_table(network)
+    parameters = sum(row[2] for row in rows)
+    macs = sum(row[3] for row in rows)
+    lines = [
+        f"{type(network).__name__}: {parameters:,} parameters, "
+        f"{macs:,} multiply-accumulates (MACs) per image",
+        f"{'layer':<12}{'output':>10}{'parameters':>12}{'MACs':>10}",
+    ]
     for name, shape, parameters, macs in rows:
-        print(f"{name:<12}{'x'.join(map(str, shape)):>10}{parameters:>12,}{macs:>10,}")
+        lines.append(f"{name:<12}{'x'.join(map(str, shape)):>10}{parameters:>12,}{macs:>10,}")
+    return "\n".join(lines)
 
 
-def _apply(arguments: argparse.Namespace) -> None:
-    """Write a network's classes and softmax probabilities of unlabelled images."""
-    network, path = load_network(arguments.model), arguments.images
+def _stretch(images: Tensor) -> Tensor:  # (N, ...) uint8
+    """Move each image's darkest value to 0 and its brightest to 255, flat images excepted."""
+    values = images.flatten(1).int()  # (N, H * W * C)
+    low, high = values.aminmax(dim=1, keepdim=True)  # (N, 1)
+    stretched = (values - low) * 255 // (high - low).clamp(min=1)
+    return torch.where(high > low, stretched, values).view_as(images).to(torch.uint8)
+
+
+def _apply(model: str, images_path: str, output: str, device: str) -> str:
+    """Write the classes and softmax probabilities of unlabelled images; return what was done."""
+    _check_writable(output)
+    network = load_network(model)
     with (
-        _refusing(f"{path} is no npz of test_images or images"),
-        np.load(path, allow_pickle=False) as archive,
+        _one_line_error(f"{images_path} is no npz of test_images or images"),
+        np.load(images_path, allow_pickle=False) as archive,
     ):
-        images = torch.as_tensor(archive["test_images" if "test_images" in archive else "images"])
-    logits = predict(network, images, device=arguments.device).double()  # (N, num_classes)
-    columns, header = [np.arange(len(logits)), logits.argmax(1)], "Id,Cell type"
-    if not arguments.submission:
-        columns.append(logits.softmax(1))
-        header = ",".join(["id,predicted", *(f"probability_{k}" for k in range(logits.shape[1]))])
+        images = archive["test_images" if "test_images" in archive else "images"]
+    images, _ = _to_device(network.config, resolve_device(device), images)
+    if network.pixels == "stretched":
+        images = _stretch(images)
+    logits = predict(network, images, device=device).double()  # (N, num_classes)
+    columns = [np.arange(len(logits)), logits.argmax(1), logits.softmax(1)]
+    names = [f"probability_{k}" for k in range(logits.shape[1])]
+    header = ",".join(["id", "predicted", *names])
     text = io.BytesIO()
     np.savetxt(text, np.column_stack(columns), "%.9g", ",", header=header, comments="")
-    _write(text.getvalue(), arguments.output)
-    print(f"wrote {arguments.output}: {len(images):,} images")
+    _write(text.getvalue(), output)
+    return f"wrote {output}: {len(images):,} images"
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:  # at exit, Python would fail again on what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a network's layers, or apply a saved network; 0 done, 2 refused, 130 interrupted."""
-    parser = argparse.ArgumentParser("model.py", description="Print or apply a network.")
+    about = "Print a network's layers, or apply a saved network."
+    parser = argparse.ArgumentParser("model.py", description=about, allow_abbrev=False)
     parser.add_argument("--network", choices=NETWORKS, default="PosterCNN")
-    apply = parser.add_subparsers(dest="command").add_parser("apply", help="to images, into a CSV")
-    # One line, without the usage.
-    parser.error = apply.error = lambda message: parser.exit(2, f"model.py: error: {message}\n")
+    commands = parser.add_subparsers(dest="command")
+    apply = commands.add_parser("apply", help="to images, into a CSV", allow_abbrev=False)
     apply.add_argument("model", metavar="MODEL.pt", help="written by save_network")
-    apply.add_argument("images", metavar="IMAGES.npz", help="with test_images, else images, uint8")
+    apply.add_argument("images", metavar="IMAGES.npz", help="with test_images or images, uint8")
     apply.add_argument("output", metavar="OUT.csv", help="id, predicted class, probabilities")
-    apply.add_argument("--submission", action="store_true", help="the authors' Id,Cell type alone")
-    apply.add_argument("--device", default="auto", help="default: a GPU where there is one")
-    arguments = parser.parse_args(argv)
+    apply.add_argument("--device", default="auto", help="default: a GPU if there is one")
+    options = parser.parse_args(argv)
+    with contextlib.suppress(AttributeError):  # stdout is closed, or a test's
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if arguments.command == "apply":
-            _apply(arguments)
+        if options.command == "apply":
+            text = _apply(options.model, options.images, options.output, options.device)
         else:
-            _print_layers(NETWORKS[arguments.network]())
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # what read our output, `| head` perhaps, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains at its exit
-        return 2
+            text = _layers_text(NETWORKS[options.network]())
+        _print(text)
+    except BrokenPipeError:  # `| head` has read enough
+        return 0
     except (ModelError, OSError) as error:
         print(f"model.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

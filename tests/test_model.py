@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -13,14 +14,17 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import model
 
 CPU = {"device": "cpu", "precision": "fp32", "compile": "off"}
@@ -33,7 +37,7 @@ QUICK = replace(QUICK, patience=0, factor=0.5)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """So small a network only gets slower by sharing out its work, most of all on busy cores."""
+    """Networks this small are slower with several threads."""
     with model.one_thread():
         yield
 
@@ -54,7 +58,7 @@ def labels(n=9):
 
 
 def fit(network, hyperparameters=QUICK, n=65, **options):
-    """65 images in batches of 16: the one left over joins the last batch."""
+    """Train on 65 images in batches of 16: the one left over joins the last batch."""
     x, y = images(n, (network.config["image_size"],) * 2), labels(n)
     return model.fit(network, x, y, x, 1 - y, hyperparameters, **CPU | options)
 
@@ -77,7 +81,7 @@ def refused(words, kind=model.ModelError):
 
 
 def stop_at(*place):
-    """Be killed at (epoch, images done)."""
+    """Interrupt the training at (epoch, images done)."""
 
     def stop(*now):
         if now == place:
@@ -138,20 +142,17 @@ def test_a_network_is_its_layers_written_out(name, size, channels):
 
 
 def test_weights_start_as_the_authors_did():
-    """By PyTorch's default; NephNet2D's Kaiming-normal, its biases standard normal."""
-    biases = []
+    """By PyTorch's default, uniform; NephNet2D's Kaiming-normal, its biases standard normal."""
     for name in WIDTHS:
+        biases = []
         for module in model.build({"network": name, "num_features": 16}).modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-                weight, fan_in = module.weight.detach(), module.weight[0].numel()
-                if name == "PosterCNN":
-                    assert 0.8 < weight.abs().max() * fan_in**0.5 <= 1 + 1e-6
-                    assert module.bias.abs().max() * fan_in**0.5 <= 1 + 1e-6
-                else:
-                    assert weight.std() * (fan_in / 2) ** 0.5 == pytest.approx(1, rel=0.2)
-                    assert weight.abs().max() > 2 * weight.std()
-                    biases.append(module.bias.detach())
-    assert torch.cat(biases).std() == pytest.approx(1, abs=0.1)
+                fan_in = module.weight[0].numel()
+                uniform, kaiming = (1 / 3 / fan_in) ** 0.5, (2 / fan_in) ** 0.5
+                expected = uniform if name == "PosterCNN" else kaiming
+                assert module.weight.std().item() == pytest.approx(expected, rel=0.2)
+                biases.append(module.bias.detach() / (uniform if name == "PosterCNN" else 1))
+        assert torch.cat(biases).std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_hyperparameters_are_the_posters():
@@ -163,21 +164,30 @@ def test_hyperparameters_are_the_posters():
     assert asdict(model.AUTHORS) == asdict(model.POSTER) | changed
 
 
-def test_images_that_are_too_small():
+def test_hyperparameters_and_sizes_out_of_their_range():
+    low = {"num_features": 0, "batch_size": 0, "learning_rate": 0, "weight_decay": -1e-9}
+    low |= {"momentum": -0.1, "dropout": -0.1, "patience": -1, "factor": 0, "epochs": 0}
+    high = {"momentum": 1, "dropout": 1.0, "factor": 1, "learning_rate": 10**400}
+    strange = {"learning_rate": math.nan, "weight_decay": math.inf}
+    for name, value in [*low.items(), *high.items(), *strange.items()]:
+        with refused(f"^{name} must be "):
+            model.Hyperparameters(**{name: value})
+    with refused("^nesterov must be False without momentum, not True$"):
+        model.Hyperparameters(momentum=0)
     with refused("images must be at least 8x8 pixels, not 7x7"):
         tiny(image_size=7)
 
 
-def test_hyperparameters_out_of_their_range():
-    low = {"num_features": 0, "batch_size": 0, "learning_rate": 0, "weight_decay": -1e-9}
-    low |= {"momentum": -0.1, "dropout": -0.1, "patience": -1, "factor": 0, "epochs": 0}
-    high = {"momentum": 1, "dropout": 1.0, "factor": 1, "batch_size": 1.5}
-    strange = {"learning_rate": math.nan, "weight_decay": math.inf, "epochs": 2.0}
-    for name, value in [*low.items(), *high.items(), *strange.items()]:
-        with refused(f"^{name} "):
-            model.Hyperparameters(**{name: value})
-    with refused("^nesterov True is"):
-        model.Hyperparameters(momentum=0)
+def test_hyperparameters_of_another_type():
+    """As YAML, JSON or a spreadsheet may have them; an int is a float, and is kept as it is."""
+    wrong = {"int": [1.0, "1", None, True], "float": ["1e-3", None, [0.1], True, 0.1j]}
+    wrong["bool"] = ["false", "no", None, 0.0, 1]
+    for field in fields(model.Hyperparameters):
+        for value in wrong[field.type]:
+            with refused(f"^{field.name} must be of type {field.type}, not "):
+                model.Hyperparameters(**{field.name: value})
+    momentum = model.Hyperparameters(momentum=0, nesterov=False).momentum
+    assert (momentum, type(momentum)) == (0, int)
 
 
 # ---- device, precision, data ---------------------------------------------------------------------
@@ -193,8 +203,8 @@ def test_precision_is_what_pays(monkeypatch):
 
 
 def test_environment():
-    told = model.environment("cpu")
-    assert (told["torch"], told["device"], told["threads"]) == (torch.__version__, "cpu", 1)
+    found = model.environment("cpu")
+    assert (found["torch"], found["device"], found["threads"]) == (torch.__version__, "cpu", 1)
 
 
 @pytest.mark.parametrize(
@@ -202,30 +212,55 @@ def test_environment():
     [
         ("train_images", r"uint8, .* of \(8, 8\)", [images().astype(np.float32), images(0)]),
         ("train_images", "uint8", [images(9, (8, 9)), images(9, (8, 8, 3)), images(9, (1, 8, 8))]),
+        ("train_images", "arrays of integers", [[[1], [1, 2]], ["a.png"], None]),
         ("valid_labels", "9 integers from 0 to 1", [labels(8), labels() + 1, labels() - 1]),
-        ("valid_labels", "9 integers", [labels()[:, None]]),
+        ("valid_labels", "9 integers", [labels()[:, None], [], 1, np.uint64(2**63) + labels()]),
+        ("valid_labels", "9 integers", [labels() * 1.0, labels() == 1, labels() + 2j]),
+        ("valid_labels", "9 integers", [torch.tensor(labels()) / 2, labels().astype(object) / 2]),
         ("device", "no device '(tpu|cuda:99)' here", ["tpu", "cuda:99"]),
-        ("hyperparameters", "num_features or dropout differ", [replace(QUICK, num_features=3)]),
-        ("hyperparameters", "num_features or dropout differ", [replace(QUICK, dropout=0.4)]),
+        ("precision", "^precision must be one of auto, fp32, bf16, fp16, not ", ["fp8", None]),
+        ("compile", "^compile must be one of auto, on, off, not ", ["yes", True]),
+        ("checkpoint", "^cannot write .*no such folder, or not a regular file", ["no/a.pt", "."]),
+        ("hyperparameters", "num_features or dropout", [replace(QUICK, num_features=3)]),
+        ("hyperparameters", "num_features or dropout", [replace(QUICK, dropout=0.4)]),
         ("hyperparameters", "^epoch 0: loss not finite", [replace(QUICK, learning_rate=1e30)]),
     ],
 )
-def test_fit_refuses(tmp_path, name, words, values):
+def test_fit_refuses(monkeypatch, tmp_path, name, words, values):
+    """Before the first step, unless the loss is not finite."""
+    monkeypatch.chdir(tmp_path)
     good = {"train_images": images(), "train_labels": labels(), "hyperparameters": QUICK}
-    good |= {"valid_images": images(), "valid_labels": labels(), **CPU}
+    good |= {"valid_images": images(), "valid_labels": labels(), "checkpoint": "a.pt", **CPU}
+    network = tiny()
     for value in values:
         with refused(words):
-            model.fit(tiny(), **good | {name: value}, checkpoint=tmp_path / "training.pt")
+            model.fit(network, **good | {name: value})
+    assert same(network, tiny()) or "not finite" in words
     assert not list(tmp_path.iterdir())
 
 
+def test_batches_of_one_image_need_16_pixels():
+    """Of 15 pixels, the third pooling leaves one: BatchNorm has one number per channel."""
+    for name, size, batch in itertools.product(WIDTHS, [8, 15, 16], [(3, 1), (1, 128)]):
+        network = tiny(network=name, image_size=size)
+        with contextlib.nullcontext() if size == 16 else refused("^BatchNorm needs batches of 2"):
+            fit(network, replace(QUICK, batch_size=batch[1], epochs=1), n=batch[0])
+
+
 def test_any_array_of_these_numbers_will_do():
+    x, y = images(), labels()
+    read_only = x.copy()
+    read_only.flags.writeable = False
     fit(expected := tiny(), n=9)
-    for x, y in [
-        (np.asfortranarray(images()), labels().astype(np.uint16)),
-        (torch.tensor(images()), labels().tolist()),
+    for given_images, given_labels in [
+        (np.asfortranarray(x), y.astype(np.uint16)),
+        (torch.tensor(x), y.tolist()),
+        (read_only, y.astype(object)),
+        (list(x), y.astype(">i4")),
+        (x[::-1].copy()[::-1], y[::-1].copy()[::-1]),
+        (x[:, :, ::-1].copy()[:, :, ::-1], torch.tensor(y, dtype=torch.int8)),
     ]:
-        model.fit(network := tiny(), x, y, x, 1 - labels(), QUICK, **CPU)
+        model.fit(network := tiny(), given_images, given_labels, x, 1 - y, QUICK, **CPU)
         assert same(network, expected)
 
 
@@ -302,19 +337,66 @@ def test_every_image_is_used_once_an_epoch(n, batch_size, sizes):
 
 @pytest.mark.parametrize("precision", DTYPES)
 def test_every_precision_learns_an_easy_task(precision):
-    """In that precision and no other, whatever autocast the caller is in."""
     x, y = np.repeat(np.array([20, 220] * 4, np.uint8), 64).reshape(8, 8, 8), labels(8)
     h = replace(model.POSTER, batch_size=4, epochs=12, dropout=0, learning_rate=0.02)
     network, seen = tiny(num_features=8, dropout=0), set()
     network.features[0].register_forward_hook(
         lambda module, _, out: seen.add((module.training, out.dtype))
     )
-    with torch.autocast("cpu", torch.bfloat16):
-        history = model.fit(network, x, y, x, y, h, **CPU | {"precision": precision})
+    history = model.fit(network, x, y, x, y, h, **CPU | {"precision": precision})
     assert seen == {(True, DTYPES[precision]), (False, DTYPES[precision])}
     assert all(p.dtype == torch.float32 for p in network.parameters())
     assert history[-1].train_loss < history[0].train_loss / 2
     assert history[-1].train_accuracy == 1
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS = [partial(torch.autocast, "cpu", torch.bfloat16), partial(default_dtype, torch.float64)]
+SETTINGS += [partial(torch.autocast, "cpu", torch.float16)]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_what_the_caller_has_set_in_pytorch_changes_nothing(tmp_path, precision):
+    """Neither its autocast, in the backward pass too, nor its default dtype."""
+    found = []
+    for setting in [contextlib.nullcontext, *SETTINGS]:
+        with setting():
+            history = fit(network := tiny(), precision=precision)
+            model.save_network(network, tmp_path / "model.pt")
+            loaded = model.load_network(tmp_path / "model.pt")
+            logits = model.predict(loaded, images(), device="cpu")
+            loss = model.evaluate(loaded, images(), labels(), device="cpu", precision=precision)
+            rates = model.learning_rates(QUICK, [1, 2, 3])
+            rows = model.layer_table(network)
+        records = [record[:-1] for record in history]
+        weights = [tensor.tolist() for tensor in network.state_dict().values()]
+        found.append((records, weights, logits.tolist(), loss, rates, rows))
+    assert found == found[:1] * len(found)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that has no float64, as Apple's."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        assert getattr(result, "dtype", None) != torch.float64
+        return result
+
+
+def test_the_device_needs_no_float64():
+    with WithoutFloat64():
+        fit(network := tiny())
+        model.predict(network, images(), device="cpu")
+        with pytest.raises(AssertionError):
+            torch.zeros(1).double()
 
 
 def test_learning_rate_drops_where_the_posters_did():
@@ -327,12 +409,12 @@ def test_learning_rate_drops_where_the_posters_did():
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_history_tells_its_learning_rates_and_its_network_the_last_losses():
+def test_learning_rates_and_last_losses_of_a_history_can_be_recomputed():
     history = fit(network := tiny(), precision="bf16")
     losses = [record.valid_loss for record in history]
     assert model.learning_rates(QUICK, losses) == [record.learning_rate for record in history]
-    told = model.evaluate(network, images(65), 1 - labels(65), device="cpu", precision="bf16")
-    assert told == (history[-1].valid_loss, history[-1].valid_accuracy)
+    measured = model.evaluate(network, images(65), 1 - labels(65), device="cpu", precision="bf16")
+    assert measured == (history[-1].valid_loss, history[-1].valid_accuracy)
 
 
 def test_the_seeds_decide_everything():
@@ -369,13 +451,13 @@ def test_trainings_in_threads_do_not_draw_from_each_others_random_state():
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, precision, place):
     """Interrupted, or (None) asked for 2 epochs first and 4 later, as Hyperband does."""
 
-    def start(seed=0):
-        network = tiny(seed)
+    def start():
+        network = tiny()
         if precision == "fp16":  # its gradients overflow, which lowers the loss scale
             network.features[1].bias.data.fill_(1000)
         return network
 
-    path, straight, told = tmp_path / "training.pt", start(), []
+    path, straight, reported = tmp_path / "training.pt", start(), []
     options = {"precision": precision, "checkpoint": path}
     expected = fit(straight, precision=precision)
     if place is None:
@@ -384,36 +466,51 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, precision, place)
         with pytest.raises(KeyboardInterrupt):
             fit(start(), **options, on_batch=stop_at(*place))
     done = len(torch.load(path)["history"]) if path.exists() else 0
-    resumed = start(seed=9 if path.exists() else 0)
-    history = fit(resumed, **options, on_epoch=told.append)
+    history = fit(resumed := start(), **options, on_epoch=reported.append)
     assert [record[:-1] for record in history] == [record[:-1] for record in expected]
-    assert told == history[done:]
+    assert reported == history[done:]
     assert same(resumed, straight)
     assert list(tmp_path.iterdir()) == [path]
-    again = tiny(seed=9)  # a finished run is not trained on
-    assert fit(again, **options) == history
+    finished = path.read_bytes()
+    assert fit(again := start(), **options) == history
     assert same(again, straight)
+    assert path.read_bytes() == finished
 
 
-def test_a_checkpoint_of_another_run_is_refused(monkeypatch, tmp_path):
-    fit(tiny(), checkpoint=(path := tmp_path / "training.pt"))
-    kept = path.read_bytes()
+def test_a_checkpoint_of_another_training_is_refused(monkeypatch, tmp_path):
+    x, y = images(65), labels(65)
+    good = {"train_images": x, "train_labels": y, "valid_images": x, "valid_labels": 1 - y}
+    good |= {"hyperparameters": QUICK, **CPU, "checkpoint": tmp_path / "training.pt"}
+    model.fit(tiny(), **good)
+    kept = good["checkpoint"].read_bytes()
     monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-    for config, changes, options in [
-        ({}, {"learning_rate": 0.026}, {}),
-        ({}, {"factor": 0.3}, {}),
-        ({"dropout": 0.4}, {"dropout": 0.4}, {}),
-        ({"network": "NephNet2D"}, {}, {}),
-        ({}, {}, {"seed": 1}),
-        ({}, {}, {"precision": "bf16"}),
-        ({}, {}, {"compile": "on"}),
-        ({}, {}, {"n": 10}),
-        ({}, {"epochs": 1}, {}),
+    other_pixel = x.copy()
+    other_pixel[64, 7, 7] ^= 1
+    for what, start, changes in [
+        ("hyperparameters", {}, {"hyperparameters": replace(QUICK, learning_rate=0.011)}),
+        ("hyperparameters", {}, {"hyperparameters": replace(QUICK, factor=0.3)}),
+        ("network, starting weights", {"network": "NephNet2D"}, {}),
+        ("starting weights", {"seed": 1}, {}),
+        ("seed", {}, {"seed": 1}),
+        ("precision", {}, {"precision": "bf16"}),
+        ("compiling", {}, {"compile": "on"}),
+        ("training images, training labels", {}, {"train_images": x[1:], "train_labels": y[1:]}),
+        ("training images", {}, {"train_images": other_pixel}),
+        ("training labels", {}, {"train_labels": 1 - y}),
+        ("validation images", {}, {"valid_images": other_pixel}),
+        ("validation labels", {}, {"valid_labels": y}),
     ]:
-        with refused("remove .*training.pt.*of another run", model.CheckpointError):
-            fit(network := tiny(**config), replace(QUICK, **changes), checkpoint=path, **options)
-        assert same(network, tiny(**config))
-        assert path.read_bytes() == kept
+        network = tiny(**start)
+        with refused(rf"^remove .*training.pt.*of other {what}\)$", model.CheckpointError):
+            model.fit(network, **good | changes)
+        assert same(network, tiny(**start))
+    with refused(r"it has 4 epochs\)$", model.CheckpointError):
+        model.fit(tiny(), **good | {"hyperparameters": replace(QUICK, epochs=3)})
+    assert good["checkpoint"].read_bytes() == kept
+    for damaged in (b"", b"hello", kept[:100], kept[:-1], kept.replace(b"history", b"hi5tory")):
+        good["checkpoint"].write_bytes(damaged)
+        with refused("^remove .*training.pt", model.CheckpointError):
+            model.fit(tiny(), **good)
 
 
 class Trap:
@@ -423,39 +520,27 @@ class Trap:
         return Path("trap").touch, ()
 
 
-@pytest.mark.parametrize("kind", [model.CheckpointError, model.ModelError])
-def test_a_damaged_file_is_refused_or_does_no_harm(monkeypatch, tmp_path, kind):
-    """A training checkpoint, a saved network."""
+def test_a_damaged_file_is_refused_or_does_no_harm(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    path, network, rng, errors = Path("file.pt"), tiny(), random.Random(0), 0
-    fit(network, n=9, checkpoint=path)
-    if kind is model.ModelError:
-        model.save_network(network, path)
-
-    def read():
-        if kind is model.ModelError:
-            return model.load_network(path)
-        fit(other := tiny(seed=1), n=9, checkpoint=path)
-        return other
-
+    path, network, rng, errors = Path("model.pt"), tiny(), random.Random(0), 0
+    model.save_network(network, path)
     good, content = path.read_bytes(), torch.load(path)
     bad = [good[:size] for size in (0, 1, 100, len(good) // 2, len(good) - 1)] + [b"hello\n"]
-    trapped = content | {"config": Trap(), "run": Trap()}
-    for other in ({}, [1], dict.fromkeys(content), trapped):
+    lacking = {name: content[name] for name in ("config", "network")}  # the second edition's
+    for other in ([1], {}, dict.fromkeys(content), lacking, content | {"config": Trap()}):
         torch.save(other, path)
         bad.append(path.read_bytes())
-    for _ in range(150):
-        flipped = bytearray(good)
-        flipped[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
-        bad.append(flipped)
-    for damaged in bad:
+    certain = len(bad)
+    for place in rng.sample(range(len(good)), 150):
+        bad.append(good[:place] + bytes([good[place] ^ 1 << rng.randrange(8)]) + good[place + 1 :])
+    for i, damaged in enumerate(bad):
         path.write_bytes(damaged)
         try:
-            assert same(read(), network)
-        except kind as error:
+            assert same(model.load_network(path), network)
+            assert i >= certain
+        except model.ModelError as error:
             errors += 1
-            assert str(path) in str(error)
-            assert len(str(error).splitlines()) == 1
+            assert re.fullmatch("model.pt is no saved network .*", str(error))
     assert errors > len(bad) - 75
     assert not Path("trap").exists()
     pickle.loads(pickle.dumps(Trap()))
@@ -477,23 +562,27 @@ def test_a_failing_write_keeps_the_old_file(monkeypatch, tmp_path):
     for _ in range(2):
         with pytest.raises(OSError, match="No space"):
             model.save_network(tiny(seed=1), path)
-    assert path.read_bytes() == old
-    assert list(tmp_path.iterdir()) == [path]
-    assert len(used) == 2
+    assert (path.read_bytes(), list(tmp_path.iterdir()), len(used)) == (old, [path], 2)
 
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_a_saved_network_comes_back(tmp_path, name):
     network = tiny(network=name, in_channels=3, num_classes=5, dropout=0.25)
     network.features[1].running_mean.fill_(0.125)
-    paths = [tmp_path / "a.pt", tmp_path / "another name.pt"]
-    for path in paths:
-        model.save_network(network, path)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    loaded = model.load_network(paths[1])
-    assert (type(loaded), loaded.config) == (type(network), network.config)
-    assert same(loaded, network)
-    assert all(p.requires_grad for p in loaded.parameters())
+    path, link = tmp_path / "a.pt", tmp_path / "link.pt"
+    link.symlink_to("another name.pt")
+    for written, pixels in [(path, "stretched"), (link, None), (path, "raw")]:
+        model.save_network(network, written, pixels)
+        model.save_network(model.load_network(written), written)
+        loaded = model.load_network(written)
+        assert loaded.pixels == (pixels or "raw")
+        assert (type(loaded), loaded.config) == (type(network), network.config)
+        assert same(loaded, network)
+        assert all(p.requires_grad for p in loaded.parameters())
+    assert link.is_symlink()
+    assert path.read_bytes() == (tmp_path / "another name.pt").read_bytes()
+    with refused("^pixels must be one of raw, stretched, not 'blue'"):
+        model.save_network(network, path, pixels="blue")
     with pytest.raises(FileNotFoundError):
         model.load_network(tmp_path / "none.pt")
 
@@ -525,16 +614,17 @@ def test_predictions_are_the_networks_in_float64(name):
     torch.testing.assert_close(logits.double(), expected, **tolerance)
 
 
-def test_compiling_is_for_long_trainings():
-    """The poster's network: 3e12 multiply-accumulates of 4,932,736 an image."""
-    config = model.PosterCNN().config
+def test_compiling_is_for_long_trainings_on_a_cpu():
+    """The poster's network: 3e12 multiply-accumulates of 4,932,736 per image."""
+    config, cpu = model.PosterCNN().config, torch.device("cpu")
     for images, epochs, expected in [(608_182, 1, "on"), (608_181, 1, "off"), (12_000, 51, "on")]:
-        assert model.resolve_compile("auto", config, images, epochs) == expected
-    assert [model.resolve_compile(given, config, 1, 1) for given in ("on", "off")] == ["on", "off"]
+        assert model.resolve_compile("auto", cpu, config, images, epochs) == expected
+    assert model.resolve_compile("auto", torch.device("cuda"), config, 10**6, 100) == "off"
+    for given in ("on", "off"):
+        assert model.resolve_compile(given, torch.device("cuda"), config, 1, 1) == given
 
 
-def test_without_a_compiler_a_warning_says_so(monkeypatch):
-    """And training is what it is without compiling."""
+def test_without_a_compiler_a_warning_says_so_and_training_runs_uncompiled(monkeypatch):
 
     def compiled(step, **_):
         def failing(*batch):
@@ -553,11 +643,11 @@ def test_without_a_compiler_a_warning_says_so(monkeypatch):
 # ---- command line --------------------------------------------------------------------------------
 
 
-def alone(folder, *arguments):
+def alone(folder, *arguments, **pipes):
     """Start model.py copied alone into an empty folder."""
     shutil.copy(model.__file__, folder / "model.py")
     command = [sys.executable, "-W", "error", "-I", "model.py", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | pipes
     return subprocess.Popen(command, cwd=folder, **pipes)
 
 
@@ -565,15 +655,20 @@ def test_the_file_works_alone(tmp_path):
     process = alone(tmp_path, "--network", "NephNet2D")
     printed, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
-    # 9 weights an input and output channel, 3 more numbers an output channel; then the dense.
+    # 9 weights per pair of channels, 3 more numbers per output channel; then the dense layers.
     total = 9 * 32 * (1 + 32 * (2 + 8 + 32 + 128)) + 3 * 32 * 31 + 4609 * 512 + 513 * 8
     assert printed.startswith(f"NephNet2D: {total:,} parameters")
 
 
-def test_a_closed_pipe_ends_it_in_silence(tmp_path):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_standard_output_that_cannot_be_written(tmp_path):
+    """A pipe whose reader has ended; a full disk."""
     with alone(tmp_path) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
+    with Path("/dev/full").open("w") as full, alone(tmp_path, stdout=full) as other:
+        assert re.fullmatch("model.py: error: .*No space left.*\n", other.stderr.read())
+    assert (process.returncode, other.returncode) == (0, 2)
 
 
 def test_ctrl_c(monkeypatch):
@@ -591,31 +686,58 @@ def folder(monkeypatch, tmp_path):
     network = tiny(num_classes=3)
     network.classifier[4].weight.data *= 50  # so that images differ in class
     model.save_network(network, "model.pt")
+    model.save_network(network, "stretched.pt", pixels="stretched")
     np.savez("both.npz", images=images(4, seed=1), test_images=images(7))
     np.savez("images.npz", images=images(4, seed=1))
     return tmp_path
 
 
+def applied(network, source, output="out.csv"):
+    """Apply a saved network; return the rows of the CSV."""
+    assert model.main(["apply", network, source, output, "--device", "cpu"]) == 0
+    header, *rows = Path(output).read_text().splitlines()
+    assert header == "id,predicted,probability_0,probability_1,probability_2"
+    return np.array([row.split(",") for row in rows], float)
+
+
 @pytest.mark.parametrize(("source", "n", "seed"), [("both.npz", 7, 0), ("images.npz", 4, 1)])
 def test_apply(folder, capsys, source, n, seed):
-    assert model.main(["apply", "model.pt", source, "out.csv", "--device", "cpu"]) == 0
+    rows = applied("model.pt", source)
     assert capsys.readouterr().out == f"wrote out.csv: {n} images\n"
     logits = model.predict(model.load_network("model.pt"), images(n, seed=seed), device="cpu")
     powers = np.exp(logits.numpy().astype(np.float64))
-    header, *rows = Path("out.csv").read_text().splitlines()
-    assert header == "id,predicted,probability_0,probability_1,probability_2"
-    expected = [f"{i},{k}" for i, k in enumerate(logits.argmax(1).tolist())]
-    assert [",".join(row.split(",")[:2]) for row in rows] == expected
-    told = np.array([row.split(",")[2:] for row in rows], float)
-    np.testing.assert_allclose(told, powers / powers.sum(1, keepdims=True), rtol=1e-8)
-    assert model.main(["apply", "model.pt", source, "out.csv", "--submission"]) == 0
-    assert Path("out.csv").read_text().splitlines() == ["Id,Cell type", *expected]
+    assert rows[:, :2].tolist() == list(map(list, enumerate(logits.argmax(1).tolist())))
+    np.testing.assert_allclose(rows[:, 2:], powers / powers.sum(1, keepdims=True), rtol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
+def test_apply_stretches_images_for_a_network_of_stretched_images(folder, shape):
+    """As data.stretch does: narrow ranges, flat images, images that fill the range already."""
+    ranges = [(0, 255), (0, 9), (100, 103), (7, 7), (255, 255), (0, 0), (13, 201), (254, 255)]
+    x = [np.linspace(*ends, math.prod(shape)).reshape(shape) for ends in ranges]
+    np.savez("raw.npz", images=np.uint8(x))
+    np.savez("by_data.npz", images=data.stretch(np.uint8(x)))
+    network = tiny(num_features=8, num_classes=3, in_channels=len(shape) * 2 - 3)
+    model.save_network(network, "a.pt")
+    model.save_network(network, "b.pt", "stretched")
+    expected = applied("a.pt", "by_data.npz")
+    assert (applied("b.pt", "raw.npz") == expected).all()
+    assert (applied("a.pt", "raw.npz") != expected).any(axis=1).sum() == 4
+
+
+def test_names_that_standard_output_cannot_write(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    applied("model.pt", "images.npz", "café.csv")
+    assert sys.stdout.buffer.getvalue() == b"wrote caf\\xe9.csv: 4 images\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as if it were closed
+    applied("model.pt", "images.npz")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--net=PosterCNN", "unrecognized arguments: --net=PosterCNN"),
         ("--network ResNet", "invalid choice: 'ResNet'"),
         ("apply model.pt images.npz", "required: OUT.csv"),
         ("apply none.pt images.npz out.csv", "No such file or directory: .none.pt"),
@@ -623,16 +745,21 @@ def test_apply(folder, capsys, source, n, seed):
         ("apply model.pt none.npz out.csv", "No such file or directory: .none.npz"),
         ("apply model.pt model.pt out.csv", "model.pt is no npz of test_images or images"),
         ("apply model.pt one.npy out.csv", "one.npy is no npz"),
-        ("apply model.pt names.npz out.csv", "names.npz is no npz"),
+        ("apply model.pt names.npz out.csv", "images and labels must be arrays of integers"),
         ("apply model.pt large.npz out.csv", r"not torch.uint8 of \(2, 16, 16\)"),
-        ("apply model.pt images.npz no/out.csv", "No such file or directory"),
+        ("apply stretched.pt floats.npz out.csv", "images must be uint8"),
+        ("apply model.pt images.npz no/out.csv", "cannot write .*no/out.csv: no such folder"),
+        ("apply model.pt images.npz pipe", "cannot write .*pipe: .* not a regular file"),
         ("apply model.pt images.npz out.csv --device tpu", "no device 'tpu'"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(folder, capsys, arguments, words):
+    """After the usage where argparse refuses."""
     np.save("one.npy", images())
     np.savez("large.npz", images=images(2, (16, 16)))
     np.savez("names.npz", images=["a.png", "b.png"])
+    np.savez("floats.npz", images=images() / 255)
+    os.mkfifo("pipe")
     before = sorted(folder.rglob("*"))
     try:
         status = model.main(arguments.split())
@@ -640,5 +767,5 @@ def test_the_command_line_refuses_in_one_line(folder, capsys, arguments, words):
         status = stop.code
     printed = capsys.readouterr()
     assert (status, printed.out) == (2, "")
-    assert re.fullmatch(f"model.py: error: .*{words}.*\n", printed.err)
+    assert re.fullmatch(f"(usage: (.*\n)+)?model.py.*: error: .*{words}.*\n", printed.err)
     assert sorted(folder.rglob("*")) == before
