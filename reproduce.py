@@ -2,11 +2,11 @@
 
 ``python reproduce.py --stage all`` searches hyperparameters, trains with the poster's, tests,
 draws, reports and verifies, in ``results/<data set>/``: on TissueMNIST, the poster's images, in
-some two hours on two CPU cores; where there is no network on scikit-learn's digits, in minutes.
-What was interrupted goes on when the same command is given again.
+some two hours on two CPU cores; offline on scikit-learn's digits, in minutes. What was interrupted
+goes on when the same command is given again, and what is finished is not done again.
 
-From top to bottom: what the poster says; the terminal; the results folder (`Run`); the stages, in
-the order of the chain; the audit; the command line. Start reading at `main`, the last function.
+The file is in the order of execution: what the poster says, `main` and `reproduce`, the stages,
+their settings, their folders, figures and report, verify, and the command line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -37,44 +36,43 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-try:
-    import joblib
-    import numpy as np
+import joblib
+import numpy as np
 
-    import data
-    import hyperband
-    import metrics
-    import model
-    from hyperband import Choice, IntUniform, LogUniform, Uniform
-    from metrics import METRIC_NAMES, read_column
-except KeyboardInterrupt:  # importing PyTorch takes seconds
-    print("reproduce.py: interrupted before it began", file=sys.stderr)
-    raise SystemExit(130) from None
+import data
+import hyperband
+import metrics
+import model
+from hyperband import Choice, IntUniform, LogUniform, Uniform
+from metrics import METRIC_NAMES, read_column
 
 
 class RunError(ValueError):
-    """The command cannot be carried out as it was given; the message is one line."""
+    """The command cannot be carried out, or a check failed; the message is one line."""
 
 
-ADVICE = "give that, choose another --results, or say --overwrite"
+# What a user's command, file or disk can raise. Everything else is a fault of this program.
+ERRORS = (
+    *(RunError, data.DataError, model.ModelError, hyperband.SearchError, metrics.MetricsError),
+    *(OSError, MemoryError),
+)
 
-
-# ------------------------------------------------------------------------ what the poster says
+# ---- what the poster says ------------------------------------------------------------------------
 
 REFERENCE = Path(__file__).resolve().parent / "results" / "reference"
-POSTER = REFERENCE / "poster"  # its table, matrix and curves: the code has them from nowhere else
-# Fixed before any run: how far a reproduction may lie from the poster's figures.
+POSTER = REFERENCE / "poster"  # Its table, matrix and curves; they are stated nowhere else.
+# How far a reproduction may lie from the poster's figures, fixed before any run.
 TOLERANCE = {"accuracy": 0.01, "f1": 0.02, "recall": 0.02, "precision": 0.02, "auc": 0.02}
 
-# Batch size, number of features and patience are on the poster, with the values that open each
-# list; the learning rate and the weight decay that the authors used were drawn too.
+# The poster names batch size, number of features and patience, and the values that begin each list.
+# The learning rate and weight decay of the authors' run have 16 digits, so they were drawn as well.
 SPACE = {
     "batch_size": Choice((128, 256, 512)),
     "num_features": Choice((8, 16, 32)),
@@ -83,391 +81,239 @@ SPACE = {
     "weight_decay": LogUniform(1e-4, 1e-2),
     "factor": Uniform(0.1, 0.5),
 }
-TUNING_IMAGES = 10_000  # the poster's "subset of the whole dataset"
+TUNING_IMAGES = 10_000  # The poster's "subset of the whole dataset".
+HYPERPARAMETERS = {"poster": model.POSTER, "authors": model.AUTHORS}
 
 
 def comparable(about: dict[str, Any]) -> bool:
-    """Tell whether a run's figures may stand beside the poster's, given run.json's `data`.
+    """Return whether a run's figures may stand beside the poster's, given run.json's "data".
 
-    TissueMNIST under the poster's split, or a test set whose class counts are the poster's to the
-    image, as the authors' own files have them.
+    They may on TissueMNIST with the poster's split and stretched pixels, or where the test set has
+    exactly the poster's class counts, as the authors' own files have.
     """
-    if about["md5"] == data.MEDMNIST["tissuemnist"] and about["split"] == "poster":
-        return True
-    counts = about["test_counts"]
-    return sum(counts) == 50_000 and counts == metrics.read_confusion(POSTER).sum(axis=1).tolist()
+    if about["md5"] in data.TISSUEMNIST and about["split"] == "poster":
+        return about["pixels"] == "stretched"
+    return about["test_counts"] == metrics.read_confusion(POSTER).sum(axis=1).tolist()
 
 
-# -------------------------------------------------------------------------------- the terminal
+# ---- the chain -----------------------------------------------------------------------------------
 
 
-def one_line(error: Exception) -> str:
-    """Tell an error of a file's or of ours in a line."""
-    if isinstance(error, FileNotFoundError):
-        return f"{error.filename} is missing"
-    if isinstance(error, OSError):
-        return f"{error.filename or 'writing'}: {error.strerror or error}"
-    return str(error)
-
-
-class Progress:
-    """A bar with an ETA: redrawn in place on a terminal, a line a step in a log."""
-
-    def __init__(self, label: str, total: float) -> None:
-        self.label, self.total, self.live = label, total, sys.stdout.isatty()
-        self.started, self.first, self.drawn = time.monotonic(), None, 0.0
-
-    def __call__(self, done: float, text: str, *, step: bool = False) -> None:
-        """Show that `done` of the total is reached; `step` marks what a log has a line for."""
-        now = time.monotonic()
-        if self.first is None:  # what an earlier run did says nothing of the speed of this one
-            self.first = done
-        if not step and not (self.live and now - self.drawn > 0.1):
-            return
-        self.drawn = now
-        if self.first < done < self.total:
-            left = (now - self.started) * (self.total - done) / (done - self.first)
-            text += f"  ETA {timedelta(seconds=round(left))}"
-        if self.live:
-            share = min(1.0, done / self.total)
-            width = shutil.get_terminal_size().columns - 1
-            line = f"{self.label:<8} [{'#' * round(20 * share):<20}] {share:4.0%}  {text}"[:width]
-            print(f"\r{line:<{width}}", end="\n" * (done >= self.total), flush=True)
-        else:
-            print(f"{self.label:<8} {text}", flush=True)
-
-
-# -------------------------------------------------------------------------- the results folder
-
-# What each stage writes: removed where the stage begins anew, and with it what follows from it.
-FILES = {
-    "tune": ("tuning.jsonl", "best.json", "trials"),
-    "train": ("history.csv", "model.pt", "training.pt"),
-    "test": ("predictions.csv", "confusion.csv", "per_class.csv", "table.csv", "roc", "seeds.csv"),
-    "compare": ("compare.csv",),
-    "figures": ("figures",),
-    "report": ("report.md",),
-}
-
-
-class Run:
-    """A results folder, the images that it is about, and the options of the command.
-
-    `record` is run.json: under "data", as `about`, what images and split are; under the name of a
-    stage that was begun the "options" that decide its outcome, the "environment" and, once it is
-    done, its "seconds". `sums` is SHA256SUMS.
-    """
-
-    def __init__(self, folder: Path, images: data.ImageData | None, options: Namespace) -> None:
-        self.folder, self.images, self.options = folder, images, options
-        self.record, self.sums = read_record(folder, options), read_sums(folder)
-        self.about = self.record.get("data", {})
-        if images is None:
-            return
-        self.split = data.split(images, options.split, options.split_seed)
-        source = images.name if options.data == "auto" else options.data
-        if source != "digits" and source not in data.MEDMNIST:
-            source = str(Path(source).resolve())
-        counts = np.bincount(images.labels[self.split.test], minlength=images.num_classes)
-        self.about = {
-            "name": images.name,
-            "source": source,
-            "md5": images.md5,
-            "split": options.split,
-            "split_seed": options.split_seed,
-            "shape": list(images.images.shape),
-            "class_names": list(images.class_names),
-            "sizes": [len(part) for part in self.split],
-            "test_counts": counts.tolist(),
-        }
-
-    @property
-    def done(self) -> list[str]:
-        """The stages that have ended, in the order of the chain."""
-        return [key for key in FILES if self.record.get(key, {}).get("seconds") is not None]
-
-    def begun(self, stage: str) -> dict[str, Any]:
-        """Return the options that a stage was begun with."""
-        return self.record.get(stage, {}).get("options", {})
-
-    @property
-    def seeds(self) -> list[Run]:
-        """The runs of several seeds, each in a folder inside, that are here or to be trained."""
-        seeds = self.options.seeds or []
-        if self.options.stage not in ("all", "train"):
-            seeds = self.begun("train").get("seeds") or []
-        options = [Namespace(**{**vars(self.options), "seed": n, "seeds": None}) for n in seeds]
-        return [Run(self.folder / f"seed-{one.seed}", self.images, one) for one in options]
-
-    def other_data(self) -> str:
-        """Say what run.json has otherwise of data and split; a moved file is the same data."""
-        return difference(self.record.get("data", self.about), self.about, ("name", "source"))
-
-    def part(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copy out the images and labels of an index array."""
-        return self.images.images[index], self.images.labels[index]
-
-    def settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of `model.fit` that a stage's options and the command decide."""
-        settings = {name: options[name] for name in ("seed", "precision")}
-        return {**settings, "device": self.options.device, "compile": options.get("compile", "off")}
-
-    def network(self, hyperparameters: model.Hyperparameters, name: str = "PosterCNN") -> dict:
-        """Size a network for these images: the `config` of `model.build`."""
-        _, size, _, *channels = self.images.images.shape
-        return {
-            "network": name,
-            "num_features": hyperparameters.num_features,
-            "num_classes": self.images.num_classes,
-            "in_channels": channels[0] if channels else 1,
-            "image_size": size,
-            "dropout": hyperparameters.dropout,
-        }
-
-    def write(self, name: str, content: str) -> None:
-        """Write a file, whole or not at all."""
-        (self.folder / name).parent.mkdir(exist_ok=True)
-        metrics.write(self.folder / name, content)
-        self.sums.pop(name, None)
-
-    def save(self) -> None:
-        """Write run.json."""
-        self.write("run.json", json.dumps(self.record, indent=1, allow_nan=False) + "\n")
-
-    def check(self, stage: str, options: dict[str, Any]) -> None:
-        """Raise RunError where the stage was begun with other options."""
-        begun, wanted = ({**o, **o.get("values", {})} for o in (self.begun(stage), options))
-        # The values count, not where they were read.
-        other = difference(begun, wanted, ("values", "hyperparameters"))
-        if stage in self.record and other:
-            raise RunError(f"{self.folder}: {stage} was begun with {other}: {ADVICE}")
-
-    def begin(self, stage: str, options: dict[str, Any]) -> bool:
-        """Record what a stage is about to do, and where; False where it is done already."""
-        self.check(stage, options)
-        if stage in self.done and stage != "test":  # which is cheap, and done whenever asked
-            print(f"{stage:<8} done already")
-            return False
-        if stage not in self.record:
-            self.drop(stage)  # what an interrupted removal has left is of another run
-        self.forget(stage)
-        where = environment(self.options.device)
-        self.record[stage] = {"options": options, "environment": where, "seconds": None}
-        self.save()
-        return True
-
-    def drop(self, stage: str) -> None:
-        """Forget a stage, then remove its files; before it, what follows from it."""
-        tuned = [s for s in ("train", "compare") if self.begun(s).get("hyperparameters") == "tuned"]
-        last = ["figures", "report"]
-        following = {"tune": tuned + last, "train": ["test"], "test": last, "compare": last}
-        for later in following.get(stage, ()):
-            self.drop(later)
-        if self.record.pop(stage, None):
-            self.save()
-        self.forget(stage)
-        for path in self.folder.glob("seed-*") if stage == "train" else ():
-            if path.name[5:].isdecimal():
-                remove(path)
-        for name in FILES[stage]:
-            remove(self.folder / name)
-
-    def forget(self, stage: str) -> None:
-        """Hash the files of a stage anew when the folder is sealed."""
-        self.sums = {n: s for n, s in self.sums.items() if n.split("/")[0] not in FILES[stage]}
-
-    def seal(self) -> None:
-        """Write SHA256SUMS, which says that the folder is at rest."""
-        # What kills have left, and what a stage needs no more to go on, as it is done.
-        needless = {"tune": "trials", "train": "training.pt"}
-        remains = [needless[stage] for stage in self.done if stage in needless]
-        for path in [*self.folder.glob("*.*.tmp"), *(self.folder / name for name in remains)]:
-            remove(path)
-        # What this command has not written keeps its line, and what no stage writes gets none.
-        ours = {"run.json", *itertools.chain(*FILES.values())}
-        new = {n for n in files_in(self.folder) - self.sums.keys() if n.split("/")[0] in ours}
-        new = {n: sha256(self.folder / n) for n in new}
-        lines = (f"{digest}  {name}\n" for name, digest in sorted((self.sums | new).items()))
-        metrics.write(self.folder / "SHA256SUMS", "".join(lines))
-
-
-def difference(known: dict[str, Any], given: dict[str, Any], ignored: Sequence[str]) -> str:
-    """Say what is known otherwise than it is given, if anything."""
-    for name, value in given.items():
-        if name not in ignored and known.get(name) != value:
-            return f"{name} {known.get(name)!r:.99}, not {value!r:.99}"
-    return ""
-
-
-def read_record(folder: Path, options: Namespace) -> dict[str, Any]:
-    """Read run.json; {} where there is none or, to overwrite or verify it, a damaged one."""
-    path = folder / "run.json"
-    if not path.exists():
-        return {}
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads(path.read_bytes())
-        known = read_sums(folder).get("run.json")
-        whole = record["data"]["test_counts"] and known in (None, sha256(path))
-        keys = {"options", "environment", "seconds"}
-        if whole and all(record[stage].keys() == keys for stage in STAGES if stage in record):
-            return record
-    if options.overwrite or options.stage == "verify":
-        return {}
-    raise RunError(f"{path} is damaged: restore it, or say --stage all --overwrite")
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Hash a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def files_in(folder: Path) -> set[str]:
-    """Name the files that SHA256SUMS lists; the folders of several seeds have their own."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return {n for n in names if not re.search(r"\.tmp$|^SHA256SUMS$|(^|/)\.|^seed-\d+/", n)}
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """Read SHA256SUMS: a digest a file; {} where there is none."""
-    path = folder / "SHA256SUMS"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return dict(reversed(line.split("  ", 1)) for line in text.splitlines() if "  " in line)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the kernel lets go of it however the process ends."""
-    with (folder / ".lock").open("a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder} is in use by another process: wait for it") from None
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
-        yield
-
-
-def environment(device: Any) -> dict[str, Any]:
-    """Tell what results depend on beside data and options."""
-    commit, git = None, ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError):  # no git here
-        here = Path(__file__).resolve().parent
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
-    return {
-        **model.environment(device),
-        "python": platform.python_version(),
-        "numpy": version("numpy"),
-        "scikit-learn": version("scikit-learn"),
-        "platform": platform.platform(),
-        "git_commit": commit or None,
-    }
-
-
-# ---------------------------------------------------------------------------------------- tune
-
-
-def trial_loss(
-    given: tuple, configuration: dict[str, Any], previous: int, resource: int, folder: Path
-) -> float:
-    """Train a configuration on from its checkpoint; return its validation loss after `resource`."""
-    arrays, network, settings = given  # as `model.fit` takes them; of `network`, all but its width
-    hyperparameters = replace(model.POSTER, **configuration, epochs=resource)
-    network = {**network, "num_features": hyperparameters.num_features}
-    settings = {**settings, "checkpoint": folder / "training.pt"}
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return 0 done, 1 verify found a fault, 2 refused, 130 interrupted."""
+    with contextlib.suppress(AttributeError):  # Standard output is closed, or a test's.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with model.one_thread():  # so that losses do not depend on the number of workers
-            built = model.build(network, settings["seed"])
-            return model.fit(built, *arrays, hyperparameters, **settings)[-1].valid_loss
-    except model.CheckpointError:  # damaged, which is no fault of the configuration
-        settings["checkpoint"].unlink()
-        return trial_loss(given, configuration, previous, resource, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("once", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"NOTE: {message}", file=sys.stderr)
+            return 0 if reproduce(parse(argv)) else 1
+    except KeyboardInterrupt:
+        print("\nreproduce.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # The reader of our output has ended, as in `| head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its exit.
+    except (*ERRORS, model.torch.OutOfMemoryError) as error:
+        print(f"reproduce.py: error: {metrics.describe(error)}", file=sys.stderr)
+    return 2
 
 
-def tuning_options(run: Run) -> dict[str, Any]:
-    """Say what decides the search's outcome, beside the data and SPACE."""
-    names = ["schedule", "retrain", "seed", "precision"]
-    if run.options.schedule == "hyperband":
-        names += ["max_resource", "eta"]
-    return {name: getattr(run.options, name) for name in names}
+def reproduce(options: Namespace) -> bool:
+    """Do the stages that the command names, in order; return whether verify finds no fault."""
+    run = open_run(options)
+    if options.stage == ["verify"]:
+        return verify(run)
+    announce(run, options)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with locked(run.folder):
+        if "tune" in options.stage:
+            once(run, tune, settings_of(run, "tune", options))
+        if "train" in options.stage:
+            once(run, train, settings_of(run, "train", options))
+        if "test" in options.stage:
+            once(run, test, settings_of(run, "test", options))
+        if "compare" in options.stage:
+            once(run, compare, settings_of(run, "compare", options))
+        draw_figures(run)
+        write_report(run)
+    is_well = "verify" not in options.stage or verify(run)
+    show_results(run, options)
+    return is_well
 
 
-def brackets(options: dict[str, Any]) -> list[list[hyperband.Rung]]:
-    """Give the brackets that a search's options name."""
-    if options["schedule"] == "poster":
-        return [hyperband.POSTER_BRACKET]
-    return hyperband.brackets(options["max_resource"], options["eta"])
+# A stage writes its files into `folder`, where what an interrupted run has left may lie. `settings`
+# are what run.json has as "settings": they decide the outcome, beside the data.
 
 
-def tune(run: Run, options: dict[str, Any]) -> float:
-    """Search SPACE by successive halving; write tuning.jsonl, a line a trial, and best.json."""
-    schedule, seed, retrain = brackets(options), options["seed"], options["retrain"]
-    total = sum(hyperband.total_resource(rungs, retrain) for rungs in schedule)
+def tune(run: Run, folder: Path, settings: dict[str, Any]) -> None:
+    """Search SPACE by successive halving; write tuning.jsonl, one line per trial, and best.json."""
+    brackets, retrain = read_schedule(settings["schedule"]), settings["retrain"]
+    total = sum(hyperband.total_resource(rungs, retrain) for rungs in brackets)
     progress, epochs, lowest = Progress("tune", total), 0, math.inf
 
     def on_trial(trial: hyperband.Trial, replayed: bool) -> None:
         nonlocal epochs, lowest
-        rungs = schedule[trial.bracket]
-        continued = trial.rung > 0 and not retrain
-        epochs += trial.resource - (rungs[trial.rung - 1].resource if continued else 0)
-        lowest = min(lowest, math.inf if trial.loss is None else trial.loss)
-        if replayed:  # which says nothing of the speed of what follows
-            progress.first = epochs
+        rungs = brackets[trial.bracket]
+        is_continued = trial.rung > 0 and not retrain
+        epochs += trial.resource - (rungs[trial.rung - 1].resource if is_continued else 0)
+        if trial.loss is not None:
+            lowest = min(lowest, trial.loss)
+        if replayed:
+            progress.start(epochs)
             return
         outcome = trial.error or f"loss {trial.loss:.4f}, lowest {lowest:.4f}"
-        at = f"rung {rungs[trial.rung].configurations}@{trial.resource}, trial {trial.trial}"
-        progress(epochs, f"{epochs}/{total} epochs, {at}: {outcome}", step=True)
+        place = f"rung {rungs[trial.rung].configurations}@{trial.resource}, trial {trial.trial}"
+        progress.show(epochs, f"{epochs}/{total} epochs, {place}: {outcome}", is_step=True)
 
-    split = data.tuning_split(run.split, TUNING_IMAGES, seed)
-    arrays = *run.part(split.train), *run.part(split.valid)
-    given = arrays, run.network(model.POSTER), run.settings(options)
-    places = {"log": run.folder / "tuning.jsonl", "folder": run.folder.absolute() / "trials"}
-    progress(0, "begins")
-    with trial_executor(run.options) as executor:
-        how = {"retrain": retrain, "executor": executor, "on_trial": on_trial}
-        objective = partial(trial_loss, given)
-        result = hyperband.search(objective, SPACE, schedule, seed, **places, **how)
-    run.write("best.json", best_text(result.best))
-    return sum(trial.seconds for trial in result.trials)
+    split = data.tuning_split(run.split, TUNING_IMAGES, settings["seed"])
+    arrays = (*run.part(split.train), *run.part(split.valid))
+    config = network_config(run.about, model.POSTER)
+    objective = partial(trial_loss, arrays, config, fit_options(run, settings))
+    progress.start(0)
+    most = max(rungs[0].configurations for rungs in brackets)
+    with trial_executor(run, most) as executor:
+        result = hyperband.search(
+            *(objective, SPACE, brackets, settings["seed"]),
+            log=folder / "tuning.jsonl",
+            folder=(folder / "trials").absolute(),
+            retrain=retrain,
+            executor=executor,
+            on_trial=on_trial,
+        )
+    metrics.write(folder / "best.json", best_text(result.best))
+
+
+def train(run: Run, folder: Path, settings: dict[str, Any]) -> float:
+    """Train the poster's network; write history.csv and model.pt, the last epoch's weights.
+
+    Returns the seconds of all epochs, those before an interruption included.
+    """
+    h = hyperparameters_of(settings)
+    network = model.build(network_config(run.about, h), settings["seed"])
+    num_images, progress, text = len(run.split.train), Progress("train", h.epochs), ""
+
+    def on_epoch(record: model.EpochRecord) -> None:
+        nonlocal text
+        text = f"epoch {record.epoch + 1}/{h.epochs}, learning rate {record.learning_rate:.3g}, "
+        text += f"loss {record.train_loss:.4f}, accuracy {record.train_accuracy:.4f}, validation "
+        text += f"{record.valid_loss:.4f}, {record.valid_accuracy:.4f}"
+        progress.show(record.epoch + 1, text, is_step=True)
+
+    history = model.fit(
+        network,
+        *run.part(run.split.train),
+        *run.part(run.split.valid),
+        h,
+        **fit_options(run, settings),
+        checkpoint=folder / "training.pt",
+        on_epoch=on_epoch,
+        on_batch=lambda epoch, done: progress.show(epoch + done / num_images, text),
+    )
+    metrics.write(folder / "history.csv", metrics.csv_text(model.EpochRecord._fields, history))
+    model.save_network(network, folder / "model.pt", run.about["pixels"])
+    return sum(record.seconds for record in history)
+
+
+def test(run: Run, folder: Path, settings: dict[str, Any]) -> None:
+    """Apply train/model.pt to the test images; write predictions.csv and what follows from it."""
+    network = model.load_network(run.folder / "train" / "model.pt")
+    images, labels = run.part(run.split.test)
+    n, progress = len(images), Progress("test", len(images))
+
+    def on_batch(done: int) -> None:
+        progress.show(done, f"{done:,}/{n:,} images", is_step=done == n)
+
+    logits = model.predict(network, images, device=run.device, on_batch=on_batch).numpy()
+    ids = data.ids(run.images.images[run.split.test])
+    predictions = metrics.Predictions(ids, labels, logits.argmax(1), logits)
+    metrics.write(folder / "predictions.csv", metrics.predictions_text(predictions))
+    (folder / "roc").mkdir(exist_ok=True)
+    for name, table in metrics.tables(predictions, run.about["class_names"]).items():
+        metrics.write(folder / name, metrics.csv_text(*table))
+    if comparable(run.about):
+        metrics.write(folder / "poster.csv", metrics.csv_text(*beside_poster(folder)))
+
+
+def compare(run: Run, folder: Path, settings: dict[str, Any]) -> None:
+    """Train and apply each of SYSTEMS at growing training sizes; write compare.csv row by row."""
+    most = settings["compare_max"]
+    first = 1_000 if most >= 5_000 else 100  # Small data have to show their growth, too.
+    series = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]
+    sizes = [n for n in series if first <= n <= most / 1.5] + [most]
+    path, steps = folder / "compare.csv", [*itertools.product(sizes, SYSTEMS)]
+    rows = metrics.read_csv(path)[1] if path.exists() else []
+    # A random order that begins with one image of each class: every prefix has all classes.
+    shuffled = random.Random(settings["seed"]).sample(
+        run.split.train.tolist(), len(run.split.train)
+    )
+    firsts = {int(run.images.labels[index]): index for index in reversed(shuffled)}
+    order = np.array([*dict.fromkeys([*firsts.values(), *shuffled])])
+    progress = Progress("compare", sum(size for size, _ in steps))
+    done = sum(size for size, _ in steps[: len(rows)])
+    progress.start(done)
+    for size, system in steps[len(rows) :]:
+        rows.append([system, size, *measure(run, system, order[:size], settings)])
+        metrics.write(path, metrics.csv_text(COMPARE_HEADER, rows))
+        done += size
+        text = f"{system}, {size:,} images: accuracy {rows[-1][2]:.4f}"
+        progress.show(done, text, is_step=True)
+
+
+# ---- parts of the stages -------------------------------------------------------------------------
+
+
+def fit_options(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `model.fit` that a stage's settings and this process decide."""
+    options = {name: settings[name] for name in ("seed", "precision")}
+    return {**options, "device": run.device, "compile": settings.get("compile", "off")}
+
+
+def trial_loss(arrays, config, options, configuration, previous, resource, folder) -> float:
+    """Train a configuration for `resource` epochs in total; return its validation loss.
+
+    The first three arguments are the search's: what `model.fit` and `model.build` take. The others
+    are a trial's, as `hyperband.search` passes them; its checkpoint has the `previous` epochs.
+    """
+    h = replace(model.POSTER, **configuration, epochs=resource)
+    config = {**config, "num_features": h.num_features}
+    checkpoint = folder / "training.pt"
+    with model.one_thread():  # So that losses do not depend on the number of workers.
+        network = model.build(config, options["seed"])
+        try:
+            history = model.fit(network, *arrays, h, **options, checkpoint=checkpoint)
+        except model.CheckpointError:  # A damaged one is no fault of the configuration.
+            checkpoint.unlink()
+            return trial_loss(arrays, config, options, configuration, 0, resource, folder)
+    return history[-1].valid_loss
 
 
 def best_text(best: hyperband.Trial) -> str:
-    """Give the text of best.json."""
+    """Return the text of best.json."""
     hyperparameters = asdict(replace(model.POSTER, **best.configuration))
     outcome = {"trial": best.trial, "resource": best.resource, "loss": best.loss}
-    return json.dumps({"hyperparameters": hyperparameters, **outcome}, indent=1) + "\n"
+    return json_text({"hyperparameters": hyperparameters, **outcome})
 
 
 @contextlib.contextmanager
-def trial_executor(options: Namespace) -> Iterator[Executor | None]:
-    """Give what runs the trials: a Dask cluster, processes, or (None) this process."""
-    if options.dask:
-        with dask_client(options.dask) as client:
+def trial_executor(run: Run, most: int) -> Iterator[Executor | None]:
+    """Yield what runs up to `most` trials at a time: a cluster, processes, or this one (None)."""
+    workers = min(run.workers, most)
+    if run.dask:
+        with dask_client(run.dask) as client:
             yield client.get_executor()
-    elif options.workers == 1:
+    elif workers == 1:
         yield None
     else:
-        # Uncompiled training allocates its feature maps at each step; glibc's malloc by default
-        # gives such large blocks back to the system: the page faults cost 5 to 25 % of a trial.
-        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-            os.environ.setdefault(name, str(2**32))  # bytes; read at a process's start
+        # An uncompiled training step allocates its feature maps anew. By default glibc returns such
+        # blocks to the system, and the page faults cost some 5 % of a search with two workers on an
+        # AMD EPYC. 32 MB is the highest threshold that every glibc takes.
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(options.workers, spawn, end_with_parent)
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which new processes inherit
-        pool.map(abs, range(options.workers))  # starts a process each, as none is idle yet
-        signal.signal(signal.SIGINT, heard)
+        pool = Workers(workers, spawn, end_with_parent)
         try:
             yield pool
-        except BaseException:  # Ctrl-C above all: nobody waits for trials, which may take minutes
+        except BaseException:  # Ctrl-C above all: a trial may take minutes to end.
             for process in multiprocessing.active_children():
                 process.kill()
             raise
@@ -475,15 +321,27 @@ def trial_executor(options: Namespace) -> Iterator[Executor | None]:
             pool.shutdown(cancel_futures=True)
 
 
+class Workers(ProcessPoolExecutor):
+    """Processes, started as trials need them, that leave Ctrl-C to this process."""
+
+    def submit(self, *arguments: Any) -> Any:
+        """Submit a call; a process that is started for it ignores Ctrl-C from its first moment."""
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return super().submit(*arguments)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+
 def end_with_parent() -> None:
-    """End this worker process as soon as its parent is gone: its queue would wait forever."""
+    """End this worker process as soon as its parent has ended; it would wait for work forever."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def dask_client(address: str) -> Any:
-    """Join a Dask cluster, and give its workers the code of this program."""
-    # Of a lost scheduler it would log a traceback, beside the error that we tell in a line.
+    """Return a client of a Dask cluster whose workers have the code of this program."""
+    # When the scheduler is lost, it would log a traceback beside our one line.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         from distributed import Client
@@ -491,7 +349,7 @@ def dask_client(address: str) -> Any:
         client = Client(address, timeout=10, set_as_default=False)
         for path in (data.__file__, model.__file__, hyperband.__file__, metrics.__file__, __file__):
             client.upload_file(path)
-    except Exception as error:  # nobody there, or whatever an import raises on another machine
+    except Exception as error:  # Imports on another machine may raise anything.
         raise RunError(
             f"--dask {address}: {error!r:.200}: install requirements.txt and "
             "requirements-cluster.txt here and there, and start a scheduler and workers"
@@ -499,816 +357,949 @@ def dask_client(address: str) -> Any:
     return client
 
 
-# --------------------------------------------------------------------------------------- train
-
-NAMED = {"poster": model.POSTER, "authors": model.AUTHORS}  # and tuned, which is in best.json
-
-
-def hyperparameters_of(run: Run, name: str) -> model.Hyperparameters:
-    """Find hyperparameters: NAMED ones, or a JSON object of them or with a key of that name."""
-    if name in NAMED:
-        return NAMED[name]
-    path = run.folder / "best.json" if name == "tuned" else Path(name)
-    if name == "tuned" and not path.exists() and run.folder.name.startswith("seed-"):
-        path = run.folder.parent / "best.json"  # of the run that this is a seed of
-    try:
-        found = json.loads(path.read_bytes())
-        return model.Hyperparameters(**found.get("hyperparameters", found))
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise RunError(f"{path} holds no hyperparameters: {error}") from None
-
-
-def training_options(run: Run) -> dict[str, Any]:
-    """Say what decides the training's outcome, beside the data; `tuned` needs best.json."""
-    options, name = run.options, run.options.hyperparameters
-    chosen = hyperparameters_of(run, name)
-    chosen = replace(chosen, epochs=options.epochs or chosen.epochs)
-    images, network = len(run.split.train), run.network(chosen)
-    return {
-        "hyperparameters": name if name in (*NAMED, "tuned") else str(Path(name).resolve()),
-        "epochs": chosen.epochs,
-        "seed": options.seed,
-        "seeds": options.seeds,
-        "precision": options.precision,
-        "compile": model.resolve_compile(options.compile, network, images, chosen.epochs),
-        "values": asdict(chosen),
-    }
-
-
-def train(run: Run, options: dict[str, Any]) -> float:
-    """Train the poster's network; write history.csv and model.pt, the last epoch's weights."""
-    hyperparameters = model.Hyperparameters(**options["values"])
-    network = model.build(run.network(hyperparameters), options["seed"])
-    epochs, images = hyperparameters.epochs, len(run.split.train)
-    progress, last = Progress("train", epochs), ""
-
-    def on_epoch(record: model.EpochRecord) -> None:
-        nonlocal last
-        last = f"epoch {record.epoch + 1}/{epochs}, learning rate {record.learning_rate:.3g}, "
-        last += f"loss {record.train_loss:.4f}, accuracy {record.train_accuracy:.4f}, validation "
-        last += f"{record.valid_loss:.4f}, {record.valid_accuracy:.4f}"
-        progress(record.epoch + 1, last, step=True)
-
-    history = model.fit(
-        network,
-        *run.part(run.split.train),
-        *run.part(run.split.valid),
-        hyperparameters,
-        **run.settings(options),
-        checkpoint=run.folder / "training.pt",
-        on_epoch=on_epoch,
-        on_batch=lambda epoch, done: progress(epoch + done / images, last),
-    )
-    run.write("history.csv", metrics.csv_text(model.EpochRecord._fields, history))
-    model.save_network(network, run.folder / "model.pt")
-    return sum(record.seconds for record in history)
-
-
-# ---------------------------------------------------------------------------------------- test
-
-
-def test(run: Run, options: dict[str, Any]) -> float:
-    """Apply model.pt to the test images; write predictions.csv and what follows from it."""
-    network = model.load_network(run.folder / "model.pt")
-    images, labels = run.part(run.split.test)
-    progress, started = Progress("test", len(images)), time.perf_counter()
-
-    def on_batch(done: int) -> None:
-        progress(done, f"{done:,}/{len(images):,} images", step=done == len(images))
-
-    logits = model.predict(network, images, device=run.options.device, on_batch=on_batch).numpy()
-    seconds = time.perf_counter() - started
-    predictions = metrics.Predictions(run.split.test, labels, logits.argmax(1), logits)
-    run.write("predictions.csv", metrics.predictions_text(predictions))
-    for name, table in derived(predictions, run.about).items():
-        run.write(name, metrics.csv_text(*table))
-    return seconds
-
-
-def derived(predictions: metrics.Predictions, about: dict[str, Any]) -> dict[str, tuple]:
-    """Give {file name: (header, rows)} of all that follows from predictions.csv."""
-    tables = metrics.tables(predictions, about["class_names"])
-    if comparable(about):
-        header, rows = tables["table.csv"]
-        header += ["poster", "difference", "tolerance", "verdict"]
-        _, areas = tables["roc/auc.csv"]
-        rows += [[f"AUC of class {k}", *area] for k, _, *area, _, _ in areas]
-        tolerances = [TOLERANCE[key] for key in METRIC_NAMES] + [TOLERANCE["auc"]] * len(areas)
-        poster = read_column(POSTER / "table.csv", "value") + read_column(POSTER / "auc.csv", "auc")
-        for row, printed, tolerance in zip(rows, poster, tolerances, strict=True):
-            verdict = "within" if abs(row[1] - printed) <= tolerance else "outside"
-            row += [printed, row[1] - printed, tolerance, verdict]
-    return tables
-
-
-def seeds_table(run: Run) -> tuple[list[str], list[list[Any]]]:
-    """Give header and rows of seeds.csv: how the figures of several seeds spread."""
-    read = [metrics.read_csv(one.folder / "table.csv")[1] for one in run.seeds]
+def beside_poster(folder: Path) -> tuple[list[str], list[list[Any]]]:
+    """Return header and rows of poster.csv: a test's figures and AUCs beside the poster's."""
+    ours = read_column(folder / "table.csv", "value")
+    poster = read_column(POSTER / "table.csv", "value")
+    figures = [*METRIC_NAMES.values()]
+    tolerances = [TOLERANCE[key] for key in METRIC_NAMES]
+    areas = read_column(POSTER / "auc.csv", "auc")
+    ours += read_column(folder / "roc" / "auc.csv", "auc")[: len(areas)]
+    figures += [f"AUC of class {k}" for k in range(len(areas))]
+    tolerances += [TOLERANCE["auc"]] * len(areas)
     rows = []
-    for cells in zip(*read, strict=True):
-        values = [float(row[1]) for row in cells]
-        spread = [statistics.fmean(values), statistics.stdev(values), min(values), max(values)]
-        rows.append([cells[0][0], len(values), *spread])
-    return ["metric", "runs", "mean", "std", "min", "max"], rows
+    for figure, a, b, tolerance in zip(figures, ours, poster + areas, tolerances, strict=True):
+        verdict = "within" if abs(a - b) <= tolerance else "outside"
+        rows.append([figure, a, b, a - b, tolerance, verdict])
+    return ["figure", "ours", "poster", "difference", "tolerance", "verdict"], rows
 
-
-# ------------------------------------------------------------------------------------- compare
 
 SYSTEMS = ("KNN", "SVM (RBF)", "SVM (linear)", "NephNet2D", "PosterCNN")
-TIMED_IMAGES = 1_000  # test images that prediction is timed on
-GROWING = ("train_seconds", "predict_seconds_per_1000", "model_mb")
-COMPARE_HEADER = ("system", "training_images", *METRIC_NAMES, *GROWING, "note")
-
-
-def flat_pixels(images: np.ndarray) -> np.ndarray:
-    """Turn uint8 images into rows of pixels in [0, 1]."""
-    return images.reshape(len(images), -1).astype(np.float32) / 255
+COSTS = ("train_seconds", "predict_seconds_per_1000", "model_mb")
+COMPARE_HEADER = ("system", "training_images", *METRIC_NAMES, *COSTS, "note")
+TIMED_IMAGES = 1_000  # Test images on which prediction is timed.
 
 
 def train_system(
-    run: Run, system: str, index: np.ndarray, options: dict[str, Any]
+    run: Run, system: str, index: np.ndarray, settings: dict[str, Any]
 ) -> tuple[Callable[[np.ndarray], np.ndarray], Any]:
-    """Train one of SYSTEMS, scikit-learn's with its defaults, on some images.
+    """Train one of SYSTEMS on some images, scikit-learn's with their defaults.
 
-    Return what gives the classes of other images, and what of the system has to be kept for that.
+    Returns a function from images to classes, and the object that has to be kept for it.
     """
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC, LinearSVC
 
     images, labels = run.part(index)
     if system in model.NETWORKS:
-        hyperparameters = model.Hyperparameters(**options["values"])
+        h = hyperparameters_of(settings)
         if system == "NephNet2D":
-            hyperparameters = replace(hyperparameters, num_features=32)
-        network = model.build(run.network(hyperparameters, system), options["seed"])
-        valid = run.part(run.split.valid[: max(1, len(images) // 4)])  # the poster's 80/20
-        model.fit(network, images, labels, *valid, hyperparameters, **run.settings(options))
-        predict = partial(model.predict, network, device=run.options.device)
-        return lambda x: predict(x).numpy().argmax(1), network.state_dict()
-    classifiers = {"KNN": KNeighborsClassifier(), "SVM (RBF)": SVC()}
-    classifiers["SVM (linear)"] = LinearSVC(random_state=options["seed"])
+            h = replace(h, num_features=32)
+        network = model.build(network_config(run.about, h, system), settings["seed"])
+        valid = run.part(run.split.valid[: max(1, len(images) // 4)])  # The poster's 80/20.
+        model.fit(network, images, labels, *valid, h, **fit_options(run, settings))
+        predict = partial(model.predict, network, device=run.device)
+        return lambda images: predict(images).numpy().argmax(1), network.state_dict()
+    classifiers = {
+        "KNN": KNeighborsClassifier(),
+        "SVM (RBF)": SVC(),
+        "SVM (linear)": LinearSVC(random_state=settings["seed"]),
+    }
     classifier = classifiers[system].fit(flat_pixels(images), labels)
-    return lambda x: classifier.predict(flat_pixels(x)), classifier
+    return lambda images: classifier.predict(flat_pixels(images)), classifier
 
 
-def measure(run: Run, system: str, index: np.ndarray, options: dict[str, Any]) -> list[Any]:
-    """Train a system on some images and apply it; return what compare.csv has of it."""
+def flat_pixels(images: np.ndarray) -> np.ndarray:
+    """Return uint8 images as rows of float32 pixels in [0, 1]."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255
+
+
+def measure(run: Run, system: str, index: np.ndarray, settings: dict[str, Any]) -> list[Any]:
+    """Train a system on some images and apply it; return the figures of its row."""
     images, labels = run.part(run.split.test)
-    brief = {**options, "values": {**options["values"], "epochs": 1}}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # Once on a few images, lest the libraries' own first steps be measured.
+        # Warm up, so that one-time initialisation is not measured.
+        brief = {**settings, "epochs": 1}
         predict, _ = train_system(run, system, index[: max(10, run.images.num_classes)], brief)
         predict(images[:10])
         caught.clear()
         clock = [time.perf_counter()]
-        predict, kept = train_system(run, system, index, options)
+        predict, kept = train_system(run, system, index, settings)
         clock.append(time.perf_counter())
         predict(images[:TIMED_IMAGES])
         clock.append(time.perf_counter())
         summary = metrics.summary(labels, predict(images), run.images.num_classes)
     seconds_per_1000 = (clock[2] - clock[1]) * 1000 / min(len(images), TIMED_IMAGES)
-    note = "not converged" if any("converge" in str(w.message) for w in caught) else ""
-    costs = [clock[1] - clock[0], seconds_per_1000, len(pickle.dumps(kept)) / 1e6]
-    return [system, len(index), *summary.values(), *costs, note]
+    megabytes = len(pickle.dumps(kept)) / 1e6
+    has_converged = not any("converge" in str(warning.message) for warning in caught)
+    note = "" if has_converged else "not converged"
+    return [*summary.values(), clock[1] - clock[0], seconds_per_1000, megabytes, note]
 
 
-def comparison_options(run: Run) -> dict[str, Any]:
-    """Say what decides the comparison's outcome, beside the data."""
-    options = training_options(run)
-    del options["compile"]  # a system's time would jump where it begins to pay
-    top = min(run.options.compare_max, len(run.split.train))
-    if top < 10:
-        raise RunError(f"{top} training images are too few to compare: give 10 or more")
-    first = 1_000 if top >= 5_000 else 100  # small data has to show its growth too
-    series = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]
-    sizes = [n for n in series if first <= n <= top / 1.5] + [top]
-    return {**options, "compare_max": top, "sizes": sizes}
+class Progress:
+    """A bar with the time left: redrawn in place on a terminal, one line per step in a log."""
+
+    def __init__(self, label: str, total: float) -> None:
+        self.label, self.total = label, total
+        self.is_live = sys.stdout is not None and sys.stdout.isatty()
+        self.first, self.drawn_at = None, 0.0
+
+    def start(self, done: float) -> None:
+        """Measure speed from here: what an earlier process did says nothing about this one's."""
+        self.first, self.started_at = done, time.monotonic()
+
+    def show(self, done: float, text: str, is_step: bool = False) -> None:
+        """Show that `done` of the total is reached; a step gets a line in a log."""
+        now = time.monotonic()
+        if self.first is None:
+            self.start(done)
+        if not is_step and not (self.is_live and now - self.drawn_at > 0.1):
+            return
+        self.drawn_at = now
+        if self.first < done < self.total:
+            left = (now - self.started_at) * (self.total - done) / (done - self.first)
+            text += f"  ETA {timedelta(seconds=round(left))}"
+        if self.is_live:
+            share = min(1.0, done / self.total)
+            width = shutil.get_terminal_size().columns - 1
+            line = f"{self.label:<8} [{'#' * round(20 * share):<20}] {share:4.0%}  {text}"[:width]
+            print(f"\r{line:<{width}}", end="\n" if done >= self.total else "", flush=True)
+        else:
+            print(f"{self.label:<8} {text}", flush=True)
 
 
-def compare(run: Run, options: dict[str, Any]) -> float:
-    """Train and apply each system at growing training sizes; write compare.csv, row by row."""
-    path, steps = run.folder / "compare.csv", [*itertools.product(options["sizes"], SYSTEMS)]
-    rows = metrics.read_csv(path)[1] if path.exists() else []
-    # In a random order, but for one image of each class at the head: a prefix has every class.
-    order = random.Random(options["seed"]).sample(run.split.train.tolist(), len(run.split.train))
-    head = {int(run.images.labels[index]): index for index in reversed(order)}
-    order = np.array([*dict.fromkeys([*head.values(), *order])])
-    progress = Progress("compare", sum(size for size, _ in steps))
-    done = sum(size for size, _ in steps[: len(rows)])
-    for size, system in steps[len(rows) :]:
-        text = f"{system}, {size:,} images"
-        progress(done, text)
-        rows.append(measure(run, system, order[:size], options))
-        run.write("compare.csv", metrics.csv_text(COMPARE_HEADER, rows))
-        done += size
-        progress(done, f"{text}: accuracy {rows[-1][2]:.4f}", step=True)
-    return sum(read_column(path, "train_seconds"))
+# ---- the stages' settings ------------------------------------------------------------------------
+# What decides a stage's outcome beside the data, under the names of the options. What the command
+# does not give, or gives as "auto", is as the stage was begun, else the default: a search that was
+# begun in bf16 goes on in bf16 where "auto" would be fp32.
+
+FIELDS = tuple(asdict(model.POSTER))  # The names of the hyperparameters.
+# The option, if there is one, that decides what is no option itself.
+OPTIONS = {name: "hyperparameters" for name in FIELDS if name != "epochs"}
+OPTIONS |= {"md5": "data", "space": None, "model_sha256": None}
 
 
-def growth(path: Path) -> list[list[str]]:
-    """Fit p of cost = a * images ** p to compare.csv: a row a system, a column each of GROWING."""
-    images = np.log(read_column(path, "training_images"))
-    costs = np.log([read_column(path, name) for name in GROWING]).T  # (rows, GROWING)
-    powers, n = [], len(SYSTEMS)
-    for k, system in enumerate(SYSTEMS if len(images) > n else ()):
-        slopes, _ = np.polyfit(images[k::n], costs[k::n], 1)
-        powers.append([system, *(f"{slope:.2f}" for slope in slopes)])
-    return powers
+def settings_of(run: Run, stage: str, options: Namespace) -> dict[str, Any]:
+    """Return the settings of a stage; raise RunError where they need a stage that is missing."""
+    known = run.settings(stage)
+
+    def chosen(name: str, default: Any) -> Any:
+        given = getattr(options, name)
+        return known.get(name, default) if given in (None, "auto") else given
+
+    if stage == "test":
+        return {"model_sha256": sha256(run.folder / "train" / "model.pt")}
+    settings = {
+        "seed": chosen("seed", 0),
+        "precision": chosen("precision", model.resolve_precision("auto", run.device)),
+    }
+    if stage == "tune":
+        settings["schedule"] = chosen("schedule", "poster")
+        settings["retrain"] = chosen("retrain", False)
+        settings["space"] = {name: repr(sampler) for name, sampler in SPACE.items()}
+        return settings
+    settings["hyperparameters"] = chosen("hyperparameters", "poster")
+    if known and options.hyperparameters is None:
+        h = hyperparameters_of(known)
+    else:
+        h = named_hyperparameters(run.folder, settings["hyperparameters"])
+    h = replace(h, epochs=options.epochs or h.epochs)
+    settings |= asdict(h)
+    images = len(run.split.train)
+    if stage == "train":
+        config = network_config(run.about, h)
+        compile = model.resolve_compile("auto", run.device, config, images, h.epochs)
+        settings["compile"] = chosen("compile", compile)
+    else:
+        settings["compare_max"] = min(chosen("compare_max", 10_000), images)
+        if settings["compare_max"] < 10:
+            raise RunError("fewer than 10 training images are too few to compare")
+    return settings
 
 
-# ------------------------------------------------------------------------- figures and report
+def hyperparameters_of(settings: dict[str, Any]) -> model.Hyperparameters:
+    """Return the hyperparameters in a stage's settings."""
+    return model.Hyperparameters(**{name: settings[name] for name in FIELDS})
 
-FIGURES = {  # what is drawn where a file is there: (function, file, caption)
-    "roc": (metrics.draw_roc, "per_class.csv", "ROC curves by raw logits"),
-    "history": (metrics.draw_history, "history.csv", "Accuracy and loss over the epochs"),
-    "confusion": (metrics.draw_confusion, "confusion.csv", "Confusion matrix"),
-    "class_ratios": (metrics.draw_class_ratios, "per_class.csv", "Class ratios"),
-    "search": (metrics.draw_search, "best.json", "Validation loss of each trial"),
-    "growth": (metrics.draw_growth, "compare.csv", "Time and size over training images"),
+
+def named_hyperparameters(folder: Path, name: str) -> model.Hyperparameters:
+    """Return hyperparameters by name: poster, authors, tuned (by the folder's search) or a file.
+
+    The file holds a JSON object of them, or an object that has one as "hyperparameters".
+    """
+    if name in HYPERPARAMETERS:
+        return HYPERPARAMETERS[name]
+    path = folder / "tune" / "best.json" if name == "tuned" else Path(name)
+    try:
+        found = json.loads(path.read_bytes())
+        return model.Hyperparameters(**found.get("hyperparameters", found))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path} holds no hyperparameters: {error}") from None
+
+
+def read_schedule(schedule: str) -> list[list[hyperband.Rung]]:
+    """Return the brackets of a schedule: "poster", or "R,ETA" for all of Hyperband's."""
+    if schedule == "poster":
+        return [hyperband.POSTER_BRACKET]
+    match = re.fullmatch(r"([0-9]{1,7}),([0-9]{1,7})", schedule)
+    if match is None:
+        raise RunError(f"schedule {schedule!r:.40} is neither poster nor R,ETA such as 81,3")
+    return hyperband.brackets(int(match[1]), int(match[2]))
+
+
+# ---- the results folder --------------------------------------------------------------------------
+# A stage is a folder in it, made under the name STAGE.part and renamed when everything is there.
+# Its run.json, called a record here, holds data, settings, environments and, at the end, seconds.
+
+STAGES = ("tune", "train", "test", "compare")
+DATA_DEFAULTS = {"split": "poster", "split_seed": 0, "pixels": "stretched"}
+KEYS = {  # Of a record's data and settings.
+    "data": [
+        "name",
+        "source",
+        "md5",
+        *DATA_DEFAULTS,
+        "shape",
+        "class_names",
+        "sizes",
+        "test_counts",
+    ],
+    "tune": ["seed", "precision", "schedule", "retrain", "space"],
+    "train": ["seed", "precision", "hyperparameters", *FIELDS, "compile"],
+    "test": ["model_sha256"],
+    "compare": ["seed", "precision", "hyperparameters", *FIELDS, "compare_max"],
 }
 
 
-def figures(run: Run) -> None:
-    """Draw figures/ from the files that are there, and sample images from the data."""
-    run.drop("figures")
-    target, images = run.folder / "figures", run.images
-    target.mkdir()
-    for name, (draw, source, _) in FIGURES.items():
-        if (run.folder / source).exists():
-            over = name in ("roc", "history") and images is not None and comparable(run.about)
-            draw(run.folder, target / name, **({"reference": POSTER} if over else {}))
-    if images is not None:
-        metrics.draw_samples(images.images, images.labels, images.class_names, target / "samples")
-    print(f"figures  {len([*target.glob('*.png')])} as PNG and SVG in {target}")
+@dataclass(eq=False)
+class Run:
+    """A results folder, the images that it is about, and what decides how fast this process is.
+
+    `about` is "data" of every record. `images` is None where a command needs none, or verify has
+    none. `dask` is the address of a scheduler, or None.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    images: data.ImageData | None
+    device: model.torch.device
+    workers: int
+    dask: str | None
+
+    @cached_property
+    def split(self) -> data.Split:
+        """The split that `about` names."""
+        return data.split(self.images, self.about["split"], self.about["split_seed"])
+
+    def part(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return images as they go into the network, and labels, of an index array."""
+        images = self.images.images[index]
+        if self.about["pixels"] == "stretched":
+            images = data.stretch(images)
+        return images, self.images.labels[index]
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Return the settings that a stage was begun with; {} where it was not."""
+        return read_records(self.folder).get(stage, {}).get("settings", {})
 
 
-def report(run: Run) -> None:
+def once(run: Run, stage: Callable, settings: dict[str, Any]) -> None:
+    """Do a stage in a folder of its own, which gets its name when everything in it is there."""
+    name = stage.__name__
+    done, part = run.folder / name, run.folder / f"{name}.part"
+    refuse_other(run, {name: settings})
+    if done.exists():
+        print(f"{name:<8} done already", flush=True)
+        return
+    record = {"data": run.about, "settings": settings, "environments": []}
+    record = read_records(run.folder).get(name, record)
+    add_environment(record, run, name)
+    part.mkdir(exist_ok=True)
+    metrics.write(part / "run.json", json_text(record))
+    for figure, (source, *_) in metrics.FIGURES.items():
+        if source == name:  # An earlier result's, which is gone.
+            for path in (run.folder / "figures").glob(f"{figure}.*"):
+                path.unlink()
+    if "seconds" not in record:
+        started = time.perf_counter()
+        seconds = stage(run, part, settings)
+        record["seconds"] = seconds or time.perf_counter() - started
+        metrics.write(part / "run.json", json_text(record))
+    for path in (part / "training.pt", part / "trials", *part.rglob("*.tmp")):
+        remove(path)
+    metrics.write_sums(part)
+    part.rename(done)
+
+
+def open_run(options: Namespace) -> Run:
+    """Settle folder, images and split; what the folder was made with is the default."""
+    stages, is_verify, images = {*options.stage}, options.stage == ["verify"], None
+    folder = Path(options.results).expanduser() if options.results else default_folder(options)
+    if folder is None:
+        images = load_images(options, {})
+        folder = Path("results", images.name)
+    has_run = any(stage_folder(folder, stage) for stage in STAGES)
+    if not has_run and not stages & {"tune", "train", "compare"}:
+        raise RunError(f"{folder} holds no run: do --stage all first, or name its --results")
+    records = read_records(folder, skip_damaged=is_verify)
+    known = next((record["data"] for record in records.values()), {})
+    if images is None and stages & {*STAGES, "verify"}:
+        images = load_images(options, known)
+    device = model.resolve_device(options.device or "auto")
+    # A container may use some of the cores only. A GPU is fastest with one trial at a time.
+    workers = options.workers or (joblib.cpu_count() if device.type == "cpu" else 1)
+    run = Run(folder, known, images, device, workers, options.dask)
+    if images is not None and not is_verify:
+        about = {name: known.get(name, default) for name, default in DATA_DEFAULTS.items()}
+        about |= {n: getattr(options, n) for n in about if getattr(options, n) is not None}
+        if about["split"] == "official" and options.split_seed is not None:
+            raise RunError("--split-seed has no effect on the official split: leave it out")
+        run.about = about
+        run.about = describe_data(run)
+    return run
+
+
+def default_folder(options: Namespace) -> Path | None:
+    """Return the folder that is meant without --results; None where it is named after the data."""
+    if options.data not in (None, "auto") or {"tune", "train", "compare"} & {*options.stage}:
+        return None
+    places = [Path("results", name) for name in ("tissuemnist", "digits")]
+    return next((place for place in places if read_records(place)), places[0])
+
+
+def load_images(options: Namespace, known: dict[str, Any]) -> data.ImageData | None:
+    """Load the images that the command names, else those that the folder was made from.
+
+    To verify, images that are not here are None: the checks that need them are left out.
+    """
+    progress = Progress("data", 1)
+
+    def show(done: int, total: int) -> None:
+        text = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
+        progress.show(done / max(total, 1), text, is_step=done == total)
+
+    is_verify = options.stage == ["verify"]
+    if is_verify and not known:
+        return None
+    if options.data not in (None, "auto") or not known:
+        return data.load(options.data or "auto", options.root, progress=show)
+    try:
+        return data.load(known["source"], options.root, not is_verify, show)
+    except data.DataError as error:
+        if is_verify:
+            return None
+        raise RunError(f"{error}; give the new place of the folder's data by --data") from None
+
+
+def describe_data(run: Run) -> dict[str, Any]:
+    """Return what a record has as "data"."""
+    labels = run.images.labels[run.split.test]
+    return {
+        "name": run.images.name,
+        "source": run.images.source,
+        "md5": run.images.md5,
+        **{name: run.about[name] for name in DATA_DEFAULTS},
+        "shape": list(run.images.images.shape),
+        "class_names": list(run.images.class_names),
+        "sizes": [len(part) for part in run.split],
+        "test_counts": np.bincount(labels, minlength=run.images.num_classes).tolist(),
+    }
+
+
+def network_config(about: dict, h: model.Hyperparameters, name: str = "PosterCNN") -> dict:
+    """Return the `config` of `model.build` for a network of these images."""
+    _, size, _, *channels = about["shape"]
+    return {
+        "network": name,
+        "num_features": h.num_features,
+        "num_classes": len(about["class_names"]),
+        "in_channels": channels[0] if channels else 1,
+        "image_size": size,
+        "dropout": h.dropout,
+    }
+
+
+def announce(run: Run, options: Namespace) -> None:
+    """Refuse what cannot be done, before anything is written; print what will be done."""
+    if "figures" in options.stage and importlib.util.find_spec("matplotlib") is None:
+        raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
+    print(f"results  {run.folder}")
+    beside = "" if comparable(run.about) else "; not comparable with the poster"
+    print(f"data     {run.about['source']}: {description(run.about)}{beside}", flush=True)
+    refuse_other(run, {})
+    for stage in [stage for stage in STAGES if stage in options.stage]:
+        hyperparameters = options.hyperparameters or run.settings(stage).get("hyperparameters")
+        needed = needed_stage(stage, hyperparameters)
+        if needed and not (run.folder / needed).exists():
+            if needed not in options.stage:
+                raise RunError(f"{run.folder} has no finished {needed}: do --stage {needed} first")
+            print(f"{stage:<8} after {needed}", flush=True)
+            continue
+        settings = settings_of(run, stage, options)
+        refuse_other(run, {stage: settings})
+        shown = ", ".join(f"{n} {v}" for n, v in settings.items() if n not in OPTIONS)
+        print(f"{stage:<8} {shown}", flush=True)
+    if run.dask and not (run.folder / "tune").exists():
+        dask_client(run.dask).close()  # Raises where there is none.
+
+
+def needed_stage(stage: str, hyperparameters: str | None) -> str | None:
+    """Return the stage that must be finished before this one, if there is one."""
+    if stage == "test":
+        return "train"
+    return "tune" if stage != "tune" and hyperparameters == "tuned" else None
+
+
+def refuse_other(run: Run, wanted: dict[str, dict[str, Any]]) -> None:
+    """Raise RunError where the folder has other data, or a stage other settings than wanted.
+
+    `wanted` has settings by stage. A folder of other files, or one whose stage lacks the stage that
+    it was made from, is refused as well.
+    """
+    records = read_records(run.folder)
+    ours = {"figures", "report.md", *(f"{stage}.part" for stage in STAGES)}
+    foreign = {path.name for path in run.folder.glob("[!.]*")} - ours
+    if foreign and not records:
+        raise RunError(f"{run.folder} holds other files, as {min(foreign)}: name new --results")
+    for stage, record in records.items():
+        place = stage_folder(run.folder, stage)
+        needed = needed_stage(stage, record["settings"].get("hyperparameters"))
+        if needed and not (run.folder / needed).exists():
+            raise RunError(f"{place} was made with a {needed} that is gone: remove it as well")
+        again = f"remove {place} to do it again"
+        for known, given, advice in (
+            (record["data"], run.about, "choose another --results"),
+            (record["settings"], wanted.get(stage, {}), again),
+        ):
+            name = difference(known, given)
+            if name:
+                values = f"{name} {known[name]!r:.60}, not {given[name]!r:.60}"
+                option = OPTIONS.get(name, name)
+                if option:
+                    advice = f"leave out --{option.replace('_', '-')} to go on, or {advice}"
+                raise RunError(f"{place} was made with {values}: {advice}")
+
+
+def difference(known: dict[str, Any], given: dict[str, Any]) -> str | None:
+    """Return the first name in `given` whose value differs; None where none does.
+
+    Values count, not the name or the file that they came from.
+    """
+    for name, value in given.items():
+        if name not in ("name", "source", "hyperparameters") and known.get(name) != value:
+            return name
+    return None
+
+
+def stage_folder(folder: Path, stage: str) -> Path | None:
+    """Return a stage's folder, finished or begun; None where there is none with files of ours."""
+    done, part = folder / stage, folder / f"{stage}.part"
+    if done.exists():
+        return done
+    if part.exists() and any(path.suffix != ".tmp" for path in part.iterdir()):
+        return part
+    return None
+
+
+def read_records(folder: Path, skip_damaged: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the records of the stages that are finished or begun.
+
+    Raises RunError where one is missing or, unless it is to be skipped, damaged.
+    """
+    records = {}
+    for stage in STAGES:
+        place = stage_folder(folder, stage)
+        if place is None:
+            continue
+        path = place / "run.json"
+        try:
+            record = json.loads(path.read_bytes())
+            is_whole = (
+                [*record["data"]] == KEYS["data"]
+                and [*record["settings"]] == KEYS[stage]
+                and record["environments"][-1]["device"]
+                and record.get("seconds", place.suffix == ".part") > 0
+            )
+        except FileNotFoundError:
+            raise RunError(f"{place} has no run.json, so it is not ours: move it away") from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            is_whole = False
+        if is_whole:
+            records[stage] = record
+        elif not skip_damaged:
+            raise RunError(f"{path}: damaged; restore it, or remove {place} to do it again")
+    return records
+
+
+def add_environment(record: dict[str, Any], run: Run, stage: str) -> None:
+    """Add to a record where this process runs, if that differs from the last process."""
+    # Another repository's GIT_DIR, as a git hook has it, does not concern this one.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit, here = "", Path(__file__).resolve().parent
+    with contextlib.suppress(OSError):  # There may be no git.
+        described = subprocess.run(git, capture_output=True, text=True, cwd=here, env=own)
+        commit = described.stdout.strip()
+    environment = {
+        **model.environment(run.device),
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "scikit-learn": version("scikit-learn"),
+        "platform": platform.platform(),
+        "git_commit": commit or None,
+    }
+    if stage == "tune":
+        environment["trials"] = f"on {run.dask}" if run.dask else f"by {run.workers} workers"
+    environments = record["environments"]
+    if environments and environments[-1].get("git_commit") != environment["git_commit"]:
+        warnings.warn(f"{stage} was begun with the code of another commit", stacklevel=2)
+    if environment not in environments[-1:]:
+        environments.append(environment)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system releases it however the process ends."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder} is in use by another process: wait for it") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks.
+            pass
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def json_text(content: Any) -> str:
+    """Return the text of a JSON file."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+# ---- figures and report --------------------------------------------------------------------------
+
+
+def draw_figures(run: Run) -> None:
+    """Draw figures/ from the stages that are there, and sample images."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("figures  not drawn: pip install -r requirements-figures.txt")
+        return
+    drawn = metrics.draw(run.folder, POSTER if comparable(run.about) else None)
+    if run.images is not None:
+        first = [np.flatnonzero(run.images.labels == k)[:8] for k in range(run.images.num_classes)]
+        stem = run.folder / "figures" / "samples"
+        metrics.draw_samples(*run.part(np.concatenate(first)), run.about["class_names"], stem)
+        drawn.append("samples")
+    print(f"figures  {', '.join(drawn)} in {run.folder / 'figures'}")
+
+
+def write_report(run: Run) -> None:
     """Write report.md."""
-    run.write("report.md", report_text(run))
-    print(f"report   {run.folder / 'report.md'}")
+    folder = run.folder
+    drawn = [name for name in metrics.FIGURES if (folder / "figures" / f"{name}.png").exists()]
+    metrics.write(folder / "report.md", report_text(folder, drawn))
+    print(f"report   {folder / 'report.md'}", flush=True)
 
 
-def description(about: dict[str, Any]) -> str:
-    """Say what a run is on, given run.json's `data`."""
-    count, *shape = about["shape"]
-    sizes = " / ".join(f"{size:,}" for size in about["sizes"])
-    text = f"{count:,} images of {'x'.join(map(str, shape))} pixels, {len(about['class_names'])} "
-    text += f"classes, MD5 {about['md5']}; {about['split']} split: {sizes} for training / "
-    return text + "validation / test"
-
-
-def report_text(run: Run) -> str:
-    """Give the text of report.md, which follows from run.json and the folder's other files."""
-    folder, record, stages = run.folder, run.record, run.done
-    parts = [f"# {record['data']['name']}: a run of the poster's chain"]
-    parts += [f"{description(record['data'])}."]
+def report_text(folder: Path, pictures: Sequence[str]) -> str:
+    """Return the text of report.md, which follows from the stages' folders and shows `pictures`."""
+    records = finished_records(folder)
+    about = next(record["data"] for record in records.values())
+    parts = [f"# {about['name']}: a run of the poster's chain", f"{description(about)}."]
     for name, title in (
-        ("table.csv", "Results (95 % intervals: bootstrap over test images, DeLong's for AUC)"),
-        ("seeds.csv", "Several seeds"),
-        ("per_class.csv", "Classes"),
-        ("roc/auc.csv", "Area under each ROC curve, by raw logits and by softmax"),
-        ("compare.csv", "KNN, SVM, NephNet2D and PosterCNN"),
+        ("test/table.csv", "Results (95 % intervals: bootstrap over the test images)"),
+        ("test/poster.csv", "Beside the poster"),
+        ("test/per_class.csv", "Classes"),
+        ("test/roc/auc.csv", "Area under each ROC curve (intervals: DeLong's)"),
+        ("compare/compare.csv", "KNN, SVM, NephNet2D and PosterCNN"),
     ):
         if (folder / name).exists():
-            parts += [f"## {title}", csv_table(folder / name)]
-    if "compare" in stages and (powers := growth(folder / "compare.csv")):
-        parts += ["Exponent p of the growth n^p with the number n of training images:"]
-        parts += [metrics.markdown_table(["system", *GROWING], powers)]
-    for name, (*_, caption) in FIGURES.items():
-        if (folder / "figures" / f"{name}.png").exists():
-            parts += [f"## {caption}", f"![{caption}](figures/{name}.png)"]
-    parts += ["## The same again", "```bash\n" + "\n".join(commands(record)) + "\n```"]
-    rows = [["seconds", *(f"{record[stage]['seconds']:.1f}" for stage in stages)]]
-    for key in record[stages[0]]["environment"] if stages else ():
-        rows.append([key, *(record[stage]["environment"].get(key) for stage in stages)])
-    parts += ["## Environment", metrics.markdown_table(["", *stages], rows)]
+            parts += [f"## {title}", metrics.csv_table(folder / name)]
+    for name in pictures:
+        *_, caption = metrics.FIGURES[name]
+        parts += [f"## {caption}", f"![{caption}](figures/{name}.png)"]
+    commands = "\n".join(command(stage, record) for stage, record in records.items())
+    parts += ["## The same again", f"```bash\n{commands}\n```"]
+    environments = itertools.starmap(environment_lines, records.items())
+    parts += ["## Environments", "\n".join(itertools.chain(*environments))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def csv_table(path: Path) -> str:
-    """Show a CSV file as a Markdown table, fractions to four digits."""
-    header, rows = metrics.read_csv(path)
-    fraction = re.compile(r"-?\d+\.\d+(e-?\d+)?")
-    rows = [[f"{float(c):.4f}" if fraction.fullmatch(c) else c for c in row] for row in rows]
-    return metrics.markdown_table(header, rows)
+def finished_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of the finished stages."""
+    records = read_records(folder)
+    return {stage: record for stage, record in records.items() if (folder / stage).exists()}
 
 
-def commands(record: dict[str, Any]) -> list[str]:
-    """Give the commands that do a run again, beside it, with every option resolved."""
-    about, lines = record["data"], []
-    common = {"data": about["source"], "split": about["split"]}
-    if about["split"] == "poster":
-        common["split_seed"] = about["split_seed"]
-    common["results"] = f"results/{about['name']}-again"
-    for stage in [stage for stage in STAGES if stage in record]:
-        words = ["python", "reproduce.py", "--stage", stage]
-        common["device"] = record[stage]["environment"].get("device", "auto")
-        for name, value in {**common, **record[stage]["options"]}.items():
-            if value is not False and value is not None and name not in ("values", "sizes"):
-                words.append(f"--{name.replace('_', '-')}")
-                words += [] if value is True else map(str, value if name == "seeds" else [value])
-        lines.append(shlex.join(words))
+def description(about: dict[str, Any]) -> str:
+    """Return in words what a run is on."""
+    count, *shape = about["shape"]
+    sizes = " / ".join(f"{size:,}" for size in about["sizes"])
+    text = f"{count:,} images of {'x'.join(map(str, shape))} pixels, {about['pixels']}, "
+    text += f"{len(about['class_names'])} classes, MD5 {about['md5']}; {about['split']} split: "
+    return f"{text}{sizes} for training / validation / test"
+
+
+def command(stage: str, record: dict[str, Any]) -> str:
+    """Return the command that does a stage again in another folder, with every option settled."""
+    about, settings = record["data"], record["settings"]
+    options = {"data": about["source"], **{name: about[name] for name in DATA_DEFAULTS}}
+    if about["split"] == "official":
+        del options["split_seed"]
+    options |= {name: value for name, value in settings.items() if name not in OPTIONS}
+    options["device"] = record["environments"][-1]["device"]
+    options["results"] = f"results/{about['name']}-again"
+    words = ["python", "reproduce.py", "--stage", stage]
+    for name, value in options.items():
+        if value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def environment_lines(stage: str, record: dict[str, Any]) -> list[str]:
+    """Return the seconds of a stage, and one line for each machine or version that worked on it."""
+    scope = "all epochs" if stage == "train" else "the last process"
+    lines = [f"- {stage}: {record['seconds']:.1f} seconds ({scope})"]
+    for environment in record["environments"]:
+        lines.append("  - " + ", ".join(f"{name} {value}" for name, value in environment.items()))
     return lines
 
 
-# ----------------------------------------------------------------------------------- the audit
+def show_results(run: Run, options: Namespace) -> None:
+    """Print the tables of the test, and how many predictions are those of our own run."""
+    for name in ("table.csv", "poster.csv"):
+        if (run.folder / "test" / name).exists():
+            print(f"\n{metrics.csv_table(run.folder / 'test' / name)}", end="")
+    if "test" in options.stage:
+        compare_with_reference(run)
+    if run.about["source"] == "digits" and options.data != "digits":
+        print("NOTE: these are scikit-learn's digits, which stand in for the poster's images")
 
-LIBRARIES = (data.DataError, model.ModelError, hyperband.SearchError, metrics.MetricsError)
-# How far two machines may lie apart: logits, as a share of the largest; and the last epoch's
-# validation loss and accuracy, which are recomputed in fp32, by the precision of the training.
+
+def compare_with_reference(run: Run) -> None:
+    """Print how many predictions are those of our run in results/reference, if it is like this."""
+    ours = REFERENCE / run.about["name"]
+    if not (ours / "test").exists():
+        return
+    theirs, this = (finished_records(folder)["train"] for folder in (ours, run.folder))
+    is_like = hyperparameters_of(theirs["settings"]) == hyperparameters_of(this["settings"])
+    if is_like and difference(theirs["data"], this["data"]) is None:
+        paths = (folder / "test" / "predictions.csv" for folder in (ours, run.folder))
+        first, second = (metrics.read_predictions(path).predicted for path in paths)
+        print(f"\n{(first == second).sum()} of {len(first)} predictions are those of {ours}")
+
+
+# ---- verify --------------------------------------------------------------------------------------
+# A check is a function that raises at the first problem; its docstring is what verify prints. The
+# message begins with the path of the file that is wrong.
+
+# How far two machines may lie apart: logits, as a share of the largest one; and the last epoch's
+# validation loss and accuracy, recomputed in fp32, where the training was in fp32 or in 16 bits.
 LOGIT_TOLERANCE = 1e-4
 VALIDATION_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}
 
-Problems = Iterator[str]  # each a line that begins with the name of the file that is wrong
+
+def check_records(run: Run) -> None:
+    """Check that every run.json agrees with the others and with its hyperparameters' name."""
+    records = finished_records(run.folder)
+    for stage, record in records.items():
+        path, settings = run.folder / stage / "run.json", record["settings"]
+        if other := difference(record["data"], run.about):
+            raise RunError(f"{path}: another stage has other data: {other}")
+        name = settings.get("hyperparameters")
+        needed = needed_stage(stage, name)
+        if needed and needed not in records:
+            raise RunError(f"{path}: {stage} was made with a {needed} that is not here")
+        if stage == "test" and settings != settings_of(run, "test", None):
+            raise RunError(f"{path}: the test is not of train/model.pt")
+        if name in (*HYPERPARAMETERS, "tuned"):  # Else it is a file of the user's own.
+            named = replace(named_hyperparameters(run.folder, name), epochs=settings["epochs"])
+            if hyperparameters_of(settings) != named:
+                raise RunError(f"{path}: the values are not those of {name}")
 
 
-def alike(a: str, b: str) -> bool:
-    """Tell whether two cells are equal; of numbers, to 12 digits."""
-    try:
-        return a == b or math.isclose(float(a), float(b), rel_tol=1e-12, abs_tol=1e-12)
-    except ValueError:
-        return False
+def check_data(run: Run) -> None:
+    """Check that run.json describes the images and their split."""
+    if other := difference(run.about, describe_data(run)):
+        stage = next(iter(read_records(run.folder)))
+        raise RunError(f"{run.folder / stage / 'run.json'}: {other} is not the images'")
 
 
-def differences(folder: Path, name: str, header: Sequence[str], rows: Sequence) -> Problems:
-    """Compare a CSV file with what it should hold, up to the first cell that differs."""
-    stored_header, stored = metrics.read_csv(folder / name)
-    lines = itertools.zip_longest([stored_header, *stored], [header, *rows], fillvalue=())
-    for number, (ours, theirs) in enumerate(lines, 1):
-        for k, (a, b) in enumerate(itertools.zip_longest(ours, theirs, fillvalue="")):
-            if not alike(a, str(b)):
-                column = stored_header[k] if k < len(stored_header) else k + 1
-                yield f"{name} row {number}, column {column}: {a}, recomputed {b}"
-                return
+def check_search(run: Run) -> None:
+    """Check that the search's configurations follow from its seed, the rest from its losses."""
+    folder, settings = run.folder / "tune", run.settings("tune")
+    if settings["space"] != {name: repr(sampler) for name, sampler in SPACE.items()}:
+        raise RunError(f"{folder / 'run.json'}: the space is not this program's SPACE")
+    brackets = read_schedule(settings["schedule"])
+    best = hyperband.replay(folder / "tuning.jsonl", SPACE, brackets, settings["seed"]).best
+    if (folder / "best.json").read_bytes() != best_text(best).encode():
+        raise RunError(f"{folder / 'best.json'}: not trial {best.trial}, the best of tuning.jsonl")
 
 
-def audit_record(run: Run) -> Problems:
-    """Check what run.json says of data and split, and that it tells of every stage."""
-    if not run.record:
-        yield "run.json is missing or changed: SHA256SUMS alone is checked"
-        return
-    if other := run.other_data():
-        yield f"run.json data: {other}"
-    for stage in [stage for stage in STAGES if stage not in run.record]:
-        for name in FILES[stage]:
-            if (run.folder / name).exists():  # nothing else would check it
-                yield f"{name} is there, but run.json tells of no {stage}"
+def check_training(run: Run) -> None:
+    """Check that the learning rates follow from the losses, and model.pt's size from run.json."""
+    folder, settings = run.folder / "train", run.settings("train")
+    path, h = folder / "history.csv", hyperparameters_of(settings)
+    _, rows = metrics.read_csv(path)
+    rates = model.learning_rates(h, read_column(path, "valid_loss"))
+    expected = [[epoch, rates[epoch], *row[2:]] for epoch, row in enumerate(rows)]
+    metrics.compare_csv(path, model.EpochRecord._fields, expected)
+    if len(rows) != h.epochs:
+        raise RunError(f"{path}: {len(rows)} epochs, run.json has {h.epochs}")
+    network = model.load_network(folder / "model.pt")
+    expected = network_config(run.about, h), run.about["pixels"]
+    if (network.config, network.pixels) != expected:
+        raise RunError(
+            f"{folder / 'model.pt'}: {network.config!r:.200}, expected {expected!r:.200}"
+        )
 
 
-def audit_search(run: Run) -> Problems:
-    """Replay the search: its configurations follow from the seed, the rest from the losses."""
-    log, options = run.folder / "tuning.jsonl", run.begun("tune")
-    schedule = brackets(options)
-    best = hyperband.replay(log, SPACE, schedule, options["seed"], options["retrain"]).best
-    if (run.folder / "best.json").read_bytes() != best_text(best).encode():
-        yield f"best.json is not trial {best.trial}, the best of tuning.jsonl"
-
-
-def audit_training(run: Run) -> Problems:
-    """Replay the learning rates of history.csv; check the hyperparameters that have a name."""
-    path, options = run.folder / "history.csv", run.begun("train")
-    hyperparameters, name = model.Hyperparameters(**options["values"]), options["hyperparameters"]
-    rates = model.learning_rates(hyperparameters, read_column(path, "valid_loss"))
-    rows = zip(range(hyperparameters.epochs), rates, metrics.read_csv(path)[1], strict=False)
-    expected = [[epoch, rate, *row[2:]] for epoch, rate, row in rows]
-    yield from differences(run.folder, "history.csv", model.EpochRecord._fields, expected)
-    if len(expected) < hyperparameters.epochs:
-        yield f"history.csv has {len(expected)} epochs, run.json tells of {hyperparameters.epochs}"
-    if name in (*NAMED, "tuned"):  # else a file of the user's own
-        named = replace(hyperparameters_of(run, name), epochs=hyperparameters.epochs)
-        if named != hyperparameters:
-            yield f"run.json train: the values are not those of the {name} hyperparameters"
-
-
-def audit_network(run: Run) -> Problems:
-    """Check the last row of history.csv against model.pt and the validation images."""
-    network = model.load_network(run.folder / "model.pt")
-    options = run.begun("train")
-    expected = run.network(model.Hyperparameters(**options["values"]))
-    if network.config != expected:
-        yield f"model.pt is {network.config!r:.120}, run.json tells of {expected!r:.120}"
-        return
+def check_validation(run: Run) -> None:
+    """Check that the last epoch's validation loss and accuracy are model.pt's."""
+    folder, path = run.folder / "train", run.folder / "train" / "history.csv"
+    tolerance = VALIDATION_TOLERANCE.get(run.settings("train")["precision"], 0)
+    network = model.load_network(folder / "model.pt")
     images, labels = run.part(run.split.valid)
-    measured = model.evaluate(network, images, labels, device=run.options.device, precision="fp32")
+    measured = model.evaluate(network, images, labels, device=run.device, precision="fp32")
     for name, value in zip(("valid_loss", "valid_accuracy"), measured, strict=True):
-        stored = read_column(run.folder / "history.csv", name)[-1]
-        if not abs(stored - value) <= VALIDATION_TOLERANCE[options["precision"]]:
-            yield f"history.csv last row, column {name}: {stored}, recomputed {value}"
+        stored = read_column(path, name)[-1]
+        if not abs(stored - value) <= tolerance:
+            raise RunError(f"{path}: last row, column {name}: {stored}, recomputed {value}")
 
 
-def audit_predictions(run: Run) -> Problems:
-    """Check predictions.csv against the split, the labels and model.pt."""
-    read = metrics.read_predictions(run.folder / "predictions.csv")
-    images, labels = run.part(run.split.test)
-    network = model.load_network(run.folder / "model.pt")
-    logits = model.predict(network, images, device=run.options.device).numpy()
-    if logits.shape != read.logits.shape:
-        yield f"predictions.csv has logits of shape {read.logits.shape}, model.pt {logits.shape}"
-        return
-    apart = np.abs(logits - read.logits).max(axis=1)
-    for what, wrong in (
-        ("id is not the split's", read.ids != run.split.test),
-        ("label is not the image's", read.labels != labels),
-        ("logits are not model.pt's", apart > LOGIT_TOLERANCE * max(1.0, np.abs(logits).max())),
-    ):
-        if wrong.any():
-            yield f"predictions.csv row {wrong.argmax() + 2}: the {what}"
+def check_predictions(run: Run) -> None:
+    """Check that the predictions are of these images, and their logits model.pt's."""
+    path = run.folder / "test" / "predictions.csv"
+    stored = metrics.read_predictions(path)
+    places = find_images(run, stored.ids, path)
+    images, _ = run.part(np.array([equal[0] for equal in places]))
+    network = model.load_network(run.folder / "train" / "model.pt")
+    logits = model.predict(network, images, device=run.device).numpy()
+    if logits.shape != stored.logits.shape:
+        raise RunError(f"{path}: logits of shape {stored.logits.shape}, model.pt's {logits.shape}")
+    tolerance = LOGIT_TOLERANCE * max(1, np.abs(logits).max())
+    is_near = (np.abs(logits - stored.logits) <= tolerance).all(axis=1)
+    for k, equal in enumerate(places):
+        if stored.labels[k] not in run.images.labels[equal]:
+            raise RunError(f"{path}: row {k + 2}: the label is not the image's")
+        if not is_near[k]:
+            raise RunError(f"{path}: row {k + 2}: the logits are not model.pt's")
 
 
-def audit_tables(run: Run) -> Problems:
-    """Recompute what follows from predictions.csv, or from those of several seeds."""
-    if run.seeds:
-        tables = {"seeds.csv": seeds_table(run)}
-    else:
-        predictions = metrics.read_predictions(run.folder / "predictions.csv")
-        tables = derived(predictions, run.record["data"])
-    for name, table in tables.items():
-        yield from differences(run.folder, name, *table)
+def find_images(run: Run, ids: np.ndarray, path: Path) -> list[list[int]]:
+    """Return where in the data each id's image is: one place, or those of equal images.
 
-
-def audit_report(run: Run) -> Problems:
-    """Write report.md again from the other files, and compare."""
-    stored = (run.folder / "report.md").read_text("utf-8", "replace").splitlines()
-    expected = report_text(run).splitlines()
-    for number, (a, b) in enumerate(itertools.zip_longest(stored, expected, fillvalue=""), 1):
-        if a != b:
-            yield f"report.md line {number}: {a!r:.120}, rewritten {b!r:.120}"
-            break
-
-
-def audit_poster(run: Run) -> Problems:
-    """Check the poster's results against each other."""
-    folder = run.folder
-    matrix = metrics.read_confusion(folder)
-    values = metrics.summary_from_confusion(matrix).values()
-    printed = read_column(folder / "table.csv", "value")
-    for name, value, stored in zip(METRIC_NAMES.values(), values, printed, strict=True):
-        # The poster cuts its precision, 0.567883, instead of rounding it.
-        if stored not in (round(value, 4), math.floor(value * 1e4) / 1e4):
-            yield f"table.csv {name}: {stored}, the matrix gives {value:.6f}"
-    for k, ratio in enumerate(read_column(folder / "per_class.csv", "ratio")):
-        if ratio != round(matrix[k].sum() / matrix.sum(), 2):
-            yield f"per_class.csv class {k}: {ratio}, the matrix gives another ratio"
-    fpr = read_column(folder / "roc.csv", "fpr")
-    for k, stored in enumerate(read_column(folder / "auc.csv", "auc")):
-        area = np.trapezoid(read_column(folder / "roc.csv", f"tpr_{k}"), fpr)
-        if not abs(area - stored) <= 1e-3:
-            yield f"auc.csv class {k}: {stored}, the curve gives {area:.4f}"
-
-
-def audit_files(run: Run) -> Problems:
-    """Compare every file with SHA256SUMS."""
-    if not (run.folder / "SHA256SUMS").exists():
-        yield "SHA256SUMS is missing: the last command did not end"
-        return
-    sums, present = read_sums(run.folder), files_in(run.folder)
-    for name in sorted(sums.keys() | present):
-        if name not in present:
-            yield f"{name} is missing"
-        elif name not in sums:
-            yield f"{name} is none of the run's files"
-        elif sums[name] != sha256(run.folder / name):
-            yield f"{name} is not as it was written"
-
-
-def audit(run: Run) -> bool:
-    """Check a results folder without training; print a line a group of checks or a wrong file.
-
-    Without images (``--no-model``), neither model.pt nor the data are looked at.
+    In the run's own file they must be the split's test images, in its order.
     """
-    folder, done, images = run.folder, run.done, run.images is not None
-    one, poster, told = not run.seeds, is_poster(folder), set()
-    print(f"verify   {folder}")
-    for applies, what, check in (
-        (not poster, "run.json is true of data, split and files", audit_record),
-        ("tune" in done, "the search follows from its seed and losses", audit_search),
-        ("train" in done and one, "the learning rates follow from the losses", audit_training),
-        ("train" in done and one and images, "the last validation is model.pt's", audit_network),
-        ("test" in done and one and images, "the predictions are model.pt's", audit_predictions),
-        ("test" in done, "tables, curves and AUCs follow from the predictions", audit_tables),
-        (run.record, "report.md follows from the files", audit_report),
-        (poster, "the poster's table follows from its matrix, AUCs from curves", audit_poster),
-        (True, f"{len(files_in(folder))} files are as SHA256SUMS has them", audit_files),
-    ):
-        try:
-            found = [*check(run)] if applies else []
-        except (OSError, RunError, *LIBRARIES) as error:
-            found = [one_line(error).replace(f"{folder}{os.sep}", "")]
-        names = [re.split("[ :]", problem)[0] for problem in found]
-        new = [problem for problem, name in zip(found, names, strict=True) if name not in told]
-        for problem in new:  # of a file that an earlier group has told of, one is enough
-            print(f"WRONG    {problem}")
-        if applies and not new:
-            print(f"-        {what}: see above" if found else f"ok       {what}")
-        told |= {*names}
-    for stage in [stage for stage in STAGES if stage in run.record and stage not in done]:
-        print(f"-        {stage} has not ended: not checked")
-    if run.record:
-        print("on trust training losses and accuracies, validation before the last epoch, trials'")
-        print("         losses, seconds, environments, figures, compare.csv")
-    return not told
+    if run.images.md5 == run.about["md5"]:
+        expected = data.ids(run.images.images[run.split.test]).tolist()
+        for row, pair in enumerate(itertools.zip_longest(ids.tolist(), expected), 2):
+            if pair[0] != pair[1]:
+                raise RunError(f"{path}: row {row}: id {pair[0]}, the split has {pair[1]}")
+        return [[place] for place in run.split.test]
+    places: dict[str, list[int]] = {}
+    for place, image_id in enumerate(data.ids(run.images.images).tolist()):
+        places.setdefault(image_id, []).append(place)
+    for row, image_id in enumerate(ids.tolist(), 2):
+        if image_id not in places:
+            raise RunError(f"{path}: row {row}: {run.images.source} has no image {image_id}")
+    return [places[image_id] for image_id in ids.tolist()]
 
 
-def audit_all(run: Run) -> bool:
-    """Audit a folder, and those of its seeds; tell whether all is as it should be."""
-    well = all([audit(one) for one in [run, *run.seeds]])
-    print(f"verify   {'all is well' if well else 'something is WRONG'} in {run.folder}")
-    return well
+def check_tables(run: Run) -> None:
+    """Check that tables, curves, AUCs and poster.csv follow from predictions.csv."""
+    folder = run.folder / "test"
+    metrics.check_tables(folder)
+    counts = metrics.read_confusion(folder).sum(axis=1).tolist()
+    names = read_column(folder / "per_class.csv", "name", str)
+    if (counts, names) != (run.about["test_counts"], run.about["class_names"]):
+        raise RunError(f"{folder / 'run.json'}: test_counts or class_names are not the tables'")
+    path = folder / "poster.csv"
+    if comparable(run.about):
+        metrics.compare_csv(path, *beside_poster(folder))
+    elif path.exists():
+        raise RunError(f"{path}: this run is not comparable with the poster")
 
 
-def is_poster(folder: Path) -> bool:
-    """Tell whether a folder has the poster's own results."""
-    return (folder / "roc.csv").exists() and not (folder / "run.json").exists()
+def check_report(run: Run) -> None:
+    """Check that report.md follows from the stages' folders."""
+    path = run.folder / "report.md"
+    stored = path.read_bytes()
+    pictures = [name for name in metrics.FIGURES if f"(figures/{name}.png)".encode() in stored]
+    if stored != report_text(run.folder, pictures).encode("utf-8", "backslashreplace"):
+        raise RunError(f"{path}: not what --stage report writes")
 
 
-# --------------------------------------------------------------------------- the command line
+def check_files(run: Run) -> None:
+    """Check that every file of the stages is as SHA256SUMS has it."""
+    for stage in STAGES:
+        if (run.folder / stage).exists():
+            metrics.check_sums(run.folder / stage)
 
-# What decides a stage's outcome, by which it is done once, and what carries it out and returns its
-# seconds. The other stages, figures and report, are done whenever asked, last.
-STAGES = {
-    "tune": (tuning_options, tune),
-    "train": (training_options, train),
-    "test": (lambda run: {}, test),
-    "compare": (comparison_options, compare),
+
+# Each check, the stage that it is about if it is about one, and what it needs beside the folder:
+# any images that may have the run's, the run's own split of them, or the run's own file.
+CHECKS = (
+    (check_records, None, None),
+    (check_data, None, "file"),
+    (check_search, "tune", None),
+    (check_training, "train", None),
+    (check_validation, "train", "split"),
+    (check_predictions, "test", "images"),
+    (check_tables, "test", None),
+    (check_report, None, None),
+    (check_files, None, None),
+)
+
+
+def verify(run: Run) -> bool:
+    """Check a results folder without training; return whether nothing is wrong. Write nothing."""
+    print(f"verify   {run.folder}")
+    for stage in STAGES:
+        if (run.folder / f"{stage}.part").exists():
+            print(f"-        {stage}.part is not finished: not checked")
+    missing, num_wrong, num_left_out = missing_evidence(run), 0, 0
+    # Without any whole record, there is nothing to check the other files against.
+    for check, stage, needed in CHECKS if run.about else (CHECKS[0], CHECKS[-1]):
+        if stage and not (run.folder / stage).exists():
+            continue
+        if needed in missing:
+            print(f"left out {metrics.claim(check)}: {missing[needed]}")
+            num_left_out += 1
+        elif not metrics.passes(check, run, root=run.folder, errors=ERRORS):
+            num_wrong += 1
+    print("on trust training losses and accuracies, validation before the last epoch, trials'")
+    print("         losses, seconds, environments, figures, compare.csv")
+    where = f"in what was checked of {run.folder}" if num_left_out else f"in {run.folder}"
+    print(f"verify   {'something is WRONG' if num_wrong else 'nothing wrong'} {where}", flush=True)
+    return num_wrong == 0
+
+
+def missing_evidence(run: Run) -> dict[str, str]:
+    """Return what of images, split and file is not here, and why."""
+    images, about = run.images, run.about
+    if images is None:
+        return dict.fromkeys(("images", "split", "file"), "the images are not here; give --data")
+    if images.md5 == about["md5"]:
+        return {}
+    shape, num_classes = about["shape"][1:], len(about["class_names"])
+    if [*images.images.shape[1:]] != shape or images.num_classes != num_classes:
+        raise RunError(f"{images.source}: images of another shape, or another number of classes")
+    missing = {"file": f"{images.source} is another file than the run's"}
+    try:
+        stored = metrics.read_predictions(run.folder / "test" / "predictions.csv").ids.tolist()
+        is_same = sorted(stored) == sorted(data.ids(images.images[run.split.test]).tolist())
+    except ERRORS:
+        is_same = False
+    if not is_same:
+        missing["split"] = f"{images.source} has, split alike, other test images"
+    return missing
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+# The stages on which an option has an effect; the others have one on every stage.
+EFFECTS = {
+    "split split_seed pixels": STAGES,
+    "schedule retrain workers dask": ("tune",),
+    "seed precision": ("tune", "train", "compare"),
+    "hyperparameters epochs": ("train", "compare"),
+    "compile": ("train",),
+    "compare_max": ("compare",),
 }
-COMMANDS = {  # the report tells of everything, so every command ends with it
-    "all": ("tune", "train", "test", "figures", "report"),
-    "tune": ("tune", "report"),
-    "train": ("train", "report"),
-    "test": ("test", "figures", "report"),
-    "compare": ("compare", "figures", "report"),
-    "figures": ("figures", "report"),
-    "report": ("report",),
-    "verify": (),
-}
 
 
-def number(least: int, text: str) -> int:
-    """Read a whole number up to the largest seed."""
-    if text.isdecimal() and len(text) < 11 and least <= int(text) < 2**32:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others."""
+
+    def error(self, message: str) -> None:
+        """Raise the error."""
+        raise RunError(message)
+
+
+def whole_number(least: int, text: str) -> int:
+    """Return the whole number in a text, from `least` to the largest seed."""
+    if re.fullmatch("[0-9]{1,10}", text) and least <= int(text) < 2**32:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r:.20} is no whole number from {least} to 2^32-1")
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """Read the command line; what is wrong in it ends the program in one line."""
-    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
-    stages_of, whole = {}, {"metavar": "N", "type": partial(number, 1)}
-    seed = {"metavar": "N", "type": partial(number, 0)}
+    """Read the command line; options that are not given are None."""
+    parser = Parser("reproduce.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    count = {"metavar": "N", "type": partial(whole_number, 1)}
+    seed = {"metavar": "N", "type": partial(whole_number, 0)}
 
-    def add(option: str, stages: str, text: str, **settings: Any) -> None:
-        """Add an option that has an effect on these stages alone, or on any."""
-        action = group.add_argument(option, help=text, **settings)
-        stages_of[action.dest] = option, stages, action.default
+    add = parser.add_argument_group("what to do").add_argument
+    text = "one or more of tune train test compare figures report verify; all (default): all but "
+    text += "compare; done in this order"
+    choices = (*STAGES, "figures", "report", "verify", "all")
+    add("--stage", nargs="+", choices=choices, default=["all"], help=text, metavar="STAGE")
+    add("--results", metavar="DIR", help="folder of the run; default: results/NAME of the data")
 
-    group = parser.add_argument_group("what to do")
-    text = "all: tune, train, test, figures, report, verify in turn; compare: KNN, SVM and networks"
-    add("--stage", "", text, choices=COMMANDS, default="all")
-    add("--results", "", "folder of the run; default: results/DATA", metavar="DIR")
-    anew = "all tune train test compare figures report"
-    add("--overwrite", anew, "do done stages again, drop what followed", action="store_true")
-    add("--no-model", "verify", "verify without model and images", action="store_true")
+    add = parser.add_argument_group("data; default: what the folder was made with").add_argument
+    text = f"digits; {', '.join(data.MEDMNIST)}; FILE.npz in MedMNIST's layout; default: "
+    add("--data", metavar="SOURCE", help=text + "tissuemnist, offline digits")
+    add("--root", metavar="DIR", default="~/.medmnist", help="where downloads are kept")
+    text = "60/15/25 %% by content (default), or the file's own"
+    add("--split", choices=("poster", "official"), help=text)
+    add("--split-seed", help="of the poster's split; default: 0", **seed)
+    text = "each image's grey values stretched to 0..255 (default), as the authors' were, or raw"
+    add("--pixels", choices=("stretched", "raw"), help=text)
 
-    group = parser.add_argument_group("data")
-    text = f"digits; {', '.join(data.MEDMNIST)}; FILE.npz in MedMNIST's layout; default: auto: "
-    text += "what the folder was made from, else tissuemnist, where there is no network digits"
-    add("--data", "", text, metavar="SOURCE", default="auto")
-    add("--root", "", "where downloads are kept", metavar="DIR", default="~/.medmnist")
-    text = "60/15/25 %% at random, or the file's own; default: the folder's, else poster"
-    add("--split", "", text, choices=("poster", "official"))
-    add("--split-seed", "", "of the poster's split; default: the folder's, else 0", **seed)
+    add = parser.add_argument_group("search").add_argument
+    text = "poster (default): its one bracket; R,ETA such as 81,3: all of Hyperband's"
+    add("--schedule", metavar="poster|R,ETA", help=text)
+    text = "train every rung from scratch instead of from the last one"
+    add("--retrain", action="store_const", const=True, help=text)
+    add("--workers", help="trials at a time; default: one per core, or 1 on a GPU", **count)
+    add("--dask", metavar="tcp://HOST:PORT", help="run trials on this scheduler's cluster")
 
-    group, search = parser.add_argument_group("search"), "all tune"
-    text = "the poster's one bracket, or Hyperband's; default: poster"
-    add("--schedule", search, text, choices=("poster", "hyperband"), default="poster")
-    add("--max-resource", search, "Hyperband's R, in epochs; default: 81", default=81, **whole)
-    text = "Hyperband's eta: one in N survives a rung; default: 3"
-    add("--eta", search, text, metavar="N", type=partial(number, 2), default=3)
-    text = "train every rung from scratch, not from the last one"
-    add("--retrain", search, text, action="store_true")
-    add("--workers", search, "trials at a time; default: a core each, or 1 on a GPU", **whole)
-    add("--dask", search, "run trials on the cluster of this scheduler", metavar="tcp://HOST:PORT")
-
-    group, training = parser.add_argument_group("training"), "all train compare"
-    text = "poster (default), authors (16 digits), tuned (the search's best) or a file of your own"
-    add("--hyperparameters", training, text, metavar="NAME|FILE.json", default="poster")
-    add("--epochs", training, "default: the hyperparameters', 100", **whole)
+    add = parser.add_argument_group("training").add_argument
+    text = "poster (default), authors (16 digits), tuned (the search's best) or a file of yours"
+    add("--hyperparameters", metavar="NAME|FILE.json", help=text)
+    add("--epochs", help="default: the hyperparameters', 100", **count)
     text = "of search, weights, order of the images and dropout; default: 0"
-    add("--seed", training + " tune", text, default=0, **seed)
-    add("--seeds", "all train", "train and test once with each", nargs="+", **seed)
-    add("--device", "", "auto (default), cpu, cuda, cuda:1, ...", default="auto")
+    add("--seed", help=text, **seed)
+    add("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     text = "auto (default): fp16 on a GPU, bf16 on a CPU that has it, else fp32"
-    add("--precision", training + " tune", text, choices=model.PRECISIONS, default="auto")
-    text = "compile the training step; auto (default): where the training is long enough to gain"
-    add("--compile", "all train", text, choices=model.COMPILE, default="auto")
-    text = "most training images of the comparison; default: 10000"
-    add("--compare-max", "compare", text, default=10_000, **whole)
+    add("--precision", choices=model.PRECISIONS, help=text)
+    text = "compile the training step; auto (default): on a CPU, where training takes minutes"
+    add("--compile", choices=model.COMPILE, help=text)
+    add("--compare-max", help="most training images of compare; default: 10000", **count)
 
     options = parser.parse_args(argv)
+    if "all" in options.stage:
+        options.stage += ["tune", "train", "test", "report", "verify"]
+    for names, stages in EFFECTS.items():
+        for name in names.split():
+            if getattr(options, name) is not None and not {*stages} & {*options.stage}:
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"{option} has no effect on --stage {' '.join(options.stage)}")
     if "" in (options.results, options.data):
         parser.error("--results and --data need a name: is a variable empty?")
-    for name, (option, stages, default) in stages_of.items():
-        if stages and options.stage not in stages.split() and getattr(options, name) != default:
-            parser.error(f"{option} has no effect on --stage {options.stage}: leave it out")
-    if options.schedule == "poster" and (options.max_resource, options.eta) != (81, 3):
-        parser.error("--max-resource and --eta go with --schedule hyperband")
     if options.dask and (options.workers or not re.fullmatch(r"\w+://.+:\d+", options.dask)):
         parser.error("--dask takes tcp://HOST:PORT, and no --workers beside it")
-    if options.seeds and len({*options.seeds}) < max(2, len(options.seeds)):
-        parser.error("--seeds takes two or more different seeds; for one say --seed")
-    if options.split == "official" and options.split_seed is not None:
-        parser.error("--split-seed has no effect on --split official: leave it out")
+    if options.schedule:
+        read_schedule(options.schedule)  # Raises where it is none.
     return options
-
-
-def open_run(options: Namespace) -> Run:
-    """Settle folder, data and split; load the images, where the stage needs them.
-
-    A folder that holds a run says what it is on; without one it is named after the data.
-    """
-    stage, folder, record = options.stage, None, {}
-    looks = stage in ("test", "figures", "report", "verify")  # at a run that is there
-    if options.results:
-        folder = Path(options.results)
-    elif options.data != "auto":
-        folder = Path("results", Path(options.data).stem)
-    elif looks:
-        places = [Path("results", name) for name in ("tissuemnist", "digits")]
-        folder = next((place for place in places if place.exists()), places[0])
-    if folder is not None:
-        record = read_record(folder, options)
-        poster = stage == "figures" and is_poster(folder)
-        found = folder.is_dir() if stage == "verify" else record or poster
-        if looks and not found:
-            raise RunError(f"{folder} holds no run: run --stage all first, or name --results")
-    if stage == "report" or (stage in ("figures", "verify") and (options.no_model or not record)):
-        return Run(folder, None, options)
-    about = record.get("data", {})
-    if options.data == "auto" and about:
-        options.data = about["source"]
-        if os.sep in options.data and not Path(options.data).exists():
-            advice = "give its new place by --data" + ", or say --no-model" * (stage == "verify")
-            raise RunError(f"{options.data}, of which {folder} was made, is gone: {advice}")
-    progress = Progress("data", 1)
-
-    def show(done: int, total: int) -> None:
-        text = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
-        progress(done / max(total, 1), text, step=done == total)
-
-    images = data.load(options.data, options.root, stage != "verify", show)
-    about = about if about.get("md5") == images.md5 else {}
-    options.split = options.split or about.get("split", "poster")
-    if options.split_seed is None:
-        options.split_seed = about.get("split_seed", 0)
-    return Run(folder or Path("results", images.name), images, options)
-
-
-def plan(run: Run, stages: Sequence[str]) -> None:
-    """Refuse what cannot be done, before anything is changed; say what will be."""
-    folder, options, other = run.folder, run.options, run.other_data()
-    files = [path for path in folder.glob("*") if path.name != ".lock" and path.suffix != ".tmp"]
-    poster = options.stage == "figures" and is_poster(folder)
-    if files and not poster and not (folder / "run.json").exists():
-        raise RunError(f"{folder} holds other files, and no run.json: choose another --results")
-    if other and not options.overwrite:
-        raise RunError(f"{folder} holds another run, with {other}: {ADVICE}")
-    if other:
-        run.record = {}
-    if options.stage == "test":
-        if "train" not in run.done:
-            raise RunError(f"{folder} holds no trained network: run --stage train first")
-        if not run.seeds:
-            model.load_network(folder / "model.pt")  # raises where it is damaged
-    print(f"results  {folder}")
-    if run.images is not None:
-        beside = "" if comparable(run.about) else "; not comparable with the poster"
-        print(f"data     {run.images.source}: {description(run.about)}{beside}", flush=True)
-    for stage in [stage for stage in stages if stage in STAGES and stage != "test"]:
-        if stage != "tune" and options.hyperparameters == "tuned":
-            if "tune" in stages and (options.overwrite or "tune" not in run.done):
-                continue  # nobody knows yet what it will find
-            if "tune" not in run.done:
-                raise RunError(f"{folder} holds no finished search: run --stage tune first")
-        wanted = STAGES[stage][0](run)
-        if not options.overwrite:
-            run.check(stage, wanted)
-        told = [key for key in wanted if wanted[key] is not None and key not in ("values", "sizes")]
-        shown = [f"{key} {wanted[key]}" for key in told]
-        if stage == "tune":
-            epochs = (hyperband.total_resource(b, options.retrain) for b in brackets(wanted))
-            on = f"on {options.dask}" if options.dask else f"{options.workers} at a time"
-            shown += [f"{sum(epochs)} epochs", f"trials {on}"]
-        print(f"{stage:<8} {', '.join(shown)}", flush=True)
-    if options.dask and (options.overwrite or "tune" not in run.done):
-        dask_client(options.dask).close()  # raises where there is none
-
-
-def do(run: Run, stages: Sequence[str]) -> None:
-    """Do stages in a folder, of which several seeds have one each for training and test."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    remove(run.folder / "SHA256SUMS")
-    if run.options.overwrite:
-        for stage in stages if run.images is None or "data" in run.record else FILES:
-            run.drop(stage)
-    if run.images is not None:
-        run.record["data"] = run.about
-        run.save()
-    try:
-        do_stages(run, stages)
-    except (RunError, *LIBRARIES):  # refused halfway, which leaves the folder at rest too
-        run.seal()
-        raise
-    run.seal()
-
-
-def do_stages(run: Run, stages: Sequence[str]) -> None:
-    """Do those of the stages that are not done yet."""
-    for stage in [stage for stage in stages if stage in STAGES]:
-        options_of, work = STAGES[stage]
-        options = options_of(run)
-        if not run.begin(stage, options):
-            continue
-        if ones := run.seeds if stage in ("train", "test") else []:
-            for one in ones:
-                print(f"results  {one.folder}")
-                do(one, [each for each in COMMANDS[stage] if each in stages])
-            if stage == "test":
-                run.write("seeds.csv", metrics.csv_text(*seeds_table(run)))
-            seconds = sum(one.record[stage]["seconds"] for one in ones)
-        else:
-            seconds = work(run, options)
-        run.record[stage]["seconds"] = seconds
-        run.save()
-    if "figures" in stages:
-        figures(run)
-    if "report" in stages:
-        report(run)
-
-
-def carry_out(options: Namespace) -> bool:
-    """Carry out a command line; tell whether all is well, of which only the audit may doubt."""
-    options.device = model.resolve_device(options.device)
-    options.precision = model.resolve_precision(options.precision, options.device)
-    cores = joblib.cpu_count() if options.device.type == "cpu" else 1
-    options.workers = options.workers or cores  # of a container's cores, those it may use
-    stages = COMMANDS[options.stage]
-    if importlib.util.find_spec("matplotlib") is None:
-        if options.stage == "figures":
-            raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
-        stages = tuple(stage for stage in stages if stage != "figures")
-    run = open_run(options)
-    if options.stage == "verify":
-        return audit_all(run)
-    if is_poster(run.folder):
-        stages = ("figures",)
-    folder = run.folder
-    plan(run, stages)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        do(run, stages)
-    well = options.stage != "all" or audit_all(run)
-    for name in ("seeds.csv", "table.csv"):
-        if (folder / name).exists():
-            print(f"\n{csv_table(folder / name)}")
-    if "test" in stages and not run.seeds:
-        compare_with_reference(run)
-    if options.data == "auto" and run.images is not None and run.images.name == "digits":
-        print("NOTE: without a network these are scikit-learn's digits, not the poster's images")
-    return well
-
-
-def compare_with_reference(run: Run) -> None:
-    """Say how many predictions are those of our own run, which lies in results/reference."""
-    ours = REFERENCE / run.about["name"]
-    first, second = read_record(ours, run.options), run.record
-    values = [one.get("train", {}).get("options", {}).get("values") for one in (first, second)]
-    if run.about == first.get("data") and values[0] == values[1]:  # else it would mean nothing
-        paths = (folder / "predictions.csv" for folder in (ours, run.folder))
-        theirs, these = (metrics.read_predictions(path).predicted for path in paths)
-        print(f"{(theirs == these).sum()} of {len(these)} predictions are those of {ours}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; return 0 done, 1 verify found faults, 2 refused, 130 interrupted."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("once", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"NOTE: {message}", file=sys.stderr)
-            return 0 if carry_out(parse(argv)) else 1
-    except KeyboardInterrupt:
-        end = "\n" * sys.stdout.isatty()  # of the line that a bar stands in
-        again = ", without --overwrite," * ("--overwrite" in (argv or sys.argv))
-        print(f"{end}reproduce.py: interrupted; the same command{again} goes on", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # what read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
-    except (MemoryError, model.torch.OutOfMemoryError) as error:
-        print(f"reproduce.py: error: out of memory ({error!s:.100})", file=sys.stderr)
-    except (OSError, RunError, *LIBRARIES) as error:
-        print(f"reproduce.py: error: {one_line(error)}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
