@@ -2,7 +2,7 @@
 
 The poster's images are public as TissueMNIST (MedMNIST v2, CC BY 4.0): 125 MB, downloaded once into
 ~/.medmnist, where the medmnist package keeps them too. MedMNIST's other sets, any file in their
-layout, and scikit-learn's embedded digits, which need no internet, load the same way:
+layout, and scikit-learn's digits, which need no internet, load the same way:
 
     image_data = load("auto")              # uint8 images (N, H, H), int64 labels (N,)
     parts = split(image_data, "poster")    # 120,000 / 30,000 / 50,000 indices
@@ -16,9 +16,7 @@ shape (N, H, H) or (N, H, H, 3), and `train_labels`, `val_labels`, `test_labels`
     python data.py convert TRAIN_FOLDER [TEST_FOLDER] OUT.npz   make a file of folders
 
 For all functions: images are uint8 arrays (N, H, W) or (N, H, W, C), a seed is an integer from 0 to
-2**32 - 1, and bad input raises `DataError`.
-
-Needs numpy; scikit-learn only for the digits, Pillow only to convert.
+2**32 - 1, and bad input raises `DataError`. Needs scikit-learn for the digits, Pillow to convert.
 """
 
 import contextlib
@@ -26,7 +24,6 @@ import csv
 import hashlib
 import http.client
 import os
-import re
 import ssl
 import sys
 import urllib.request
@@ -55,10 +52,9 @@ MEDMNIST = {
     "organcmnist": "b9ceb9546e10131b32923c5bbeaea2b1",
     "organsmnist": "9ab87b696fb54e2a387ebe992d6ed5f1",
 }
-# The MD5s of files with TissueMNIST's images: the official one, and 236,300 of its 236,386 images
-# with their labels, shuffled and in one part. The latter is from the public repository
-# OpenMined/datasets: the 100 files of its folder TissueMNIST/subsets, merged, at commit
-# df8a8363968cdc95214050e9695eb92faa861042.
+# The MD5s of files with TissueMNIST's images: the official one, and 236,300 of its 236,386 images,
+# shuffled and in one part. These are the 100 files of the folder TissueMNIST/subsets of the public
+# repository OpenMined/datasets, merged, at commit df8a8363968cdc95214050e9695eb92faa861042.
 TISSUEMNIST = (MEDMNIST["tissuemnist"], "f9bd3585a9d40024bd1e216e53f30861")
 TISSUEMNIST_CLASSES = (
     "Collecting Duct, Connecting Tubule",
@@ -87,40 +83,20 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A labelled image data set in memory.
+    """A labelled image data set in memory."""
 
-    Attributes
-    ----------
-    images : ndarray of uint8, shape (N, H, H) or (N, H, H, 3)
-        H is at least 8: the three poolings of the poster's network leave one pixel of eight.
-    labels : ndarray of int64, shape (N,)
-        In 0..K-1, every class present.
-    class_names : tuple of str, length K
-    name : str
-        "digits", the name of the set with this `md5`, or the file's name without its suffix.
-    source : str
-        What was loaded: the set's name, or the path as it was given.
-    md5 : str
-        Of the npz file; for the digits, of the images' bytes followed by the labels'.
-    official : Split or None
-        The file's own parts.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    name: str
-    source: str
-    md5: str
-    official: Split | None
+    images: np.ndarray  # uint8 (N, H, H) or (N, H, H, 3); the network's three poolings need H >= 8
+    labels: np.ndarray  # int64 (N,) in 0..K-1, every class present
+    class_names: tuple[str, ...]  # K of them
+    name: str  # "digits", the name of the set with this MD5, or the file's name without its suffix
+    source: str  # what was loaded: the set's name, or the path as it was given
+    md5: str  # of the npz file; for the digits, of the images' bytes followed by the labels'
+    official: Split | None  # the file's own parts
 
     @property
     def num_classes(self) -> int:
         """Number of classes, K."""
         return len(self.class_names)
-
-
-# ---- images --------------------------------------------------------------------------------------
 
 
 def ids(images: np.ndarray) -> np.ndarray:
@@ -132,8 +108,7 @@ def stretch(images: np.ndarray) -> np.ndarray:
     """Return the images with each one's values stretched to 0..255, as the authors' images are.
 
     A value x becomes ``(x - low) * 255 // (high - low)``, where low and high are the image's lowest
-    and highest value in any channel. A flat image stays as it is. Needs three times the memory of
-    the images.
+    and highest value in any channel. A flat image stays as it is.
     """
     pixel_axes = tuple(range(1, images.ndim))
     low = images.min(axis=pixel_axes, keepdims=True)
@@ -143,9 +118,6 @@ def stretch(images: np.ndarray) -> np.ndarray:
     stretched = np.multiply(images - low, 255, dtype=np.uint16)
     stretched //= high - low
     return stretched.astype(np.uint8)
-
-
-# ---- splits --------------------------------------------------------------------------------------
 
 
 def split(image_data: ImageData, name: str, seed: int = 0) -> Split:
@@ -158,7 +130,7 @@ def split(image_data: ImageData, name: str, seed: int = 0) -> Split:
 
 
 def official_split(image_data: ImageData) -> Split:
-    """Return the file's own parts; none of them may be empty."""
+    """Return the file's own parts, none of which may be empty."""
     parts = image_data.official
     if parts is None or min(map(len, parts)) == 0:
         raise DataError(f"{image_data.name} has no official split into three: use the poster's")
@@ -168,9 +140,8 @@ def official_split(image_data: ImageData) -> Split:
 def poster_split(images: np.ndarray, seed: int = 0) -> Split:
     """Sort images by a key and cut the first 200,000, or all of fewer, 60/15/25 %.
 
-    The key is the SHA-256 of ``f"{seed} "`` and the image's bytes. So a file with the same images
-    in another order gives the same parts in the same order. Equal images keep the file's order.
-    TissueMNIST gives 120,000 / 30,000 / 50,000. At least 6 images are needed.
+    The key is the SHA-256 of ``f"{seed} "`` and the image's bytes, so the parts are the same images
+    whatever order a file has. Equal images keep the file's order. At least 6 images are needed.
     """
     if len(images) < 6:
         raise DataError(f"{len(images)} images are too few to split 60/15/25 %: use at least 6")
@@ -181,22 +152,16 @@ def poster_split(images: np.ndarray, seed: int = 0) -> Split:
 
 
 def tuning_split(split: Split, n: int = 10_000, seed: int = 0) -> Split:
-    """Draw n of a split's train and validation images, or all of fewer, and cut them 80/20 %.
-
-    The poster's search had 10,000. The test part is empty.
-    """
+    """Draw n train and validation images, or all of fewer, and cut them 80/20 %; test is empty."""
     return _draw(np.concatenate([split.train, split.valid]), n, seed)
 
 
 def _draw(indices: np.ndarray, n: int, seed: int) -> Split:
-    """Draw n indices, or all of fewer, and cut them 80/20 %, without a test part."""
+    """Draw n indices, or all of fewer, and cut them 80/20 %."""
     # RandomState's stream is frozen (numpy's NEP 19); Generator's may change with a release.
     drawn = np.random.RandomState(seed).permutation(indices)[:n]
     end = len(drawn) * 80 // 100
     return Split(drawn[:end], drawn[end:], drawn[:0])
-
-
-# ---- load ----------------------------------------------------------------------------------------
 
 
 def load(
@@ -205,7 +170,7 @@ def load(
     download: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageData:
-    """Load a labelled data set; raises DataError if it is missing, damaged, or of another layout.
+    """Load a labelled data set.
 
     Parameters
     ----------
@@ -222,22 +187,21 @@ def load(
     """
     if source == "digits":
         return _load_digits()
-    if source != "auto" and source not in MEDMNIST:
+    name = "tissuemnist" if source == "auto" else str(source)
+    if name not in MEDMNIST:
         path = _expand(source)
         if not path.is_file():
             names = ", ".join(["auto", "digits", *MEDMNIST])
             raise DataError(f"{source}: no such npz file, nor one of {names}")
-        return _load_npz(path, str(source), _md5(path))
+        return _load_npz(path, name, _md5(path.read_bytes()))
 
-    name = "tissuemnist" if source == "auto" else source
     path = _expand(root) / f"{name}.npz"
     url = URL.format(name=name)
-    by_hand = f"fetch {url} by hand to {path} (MD5 {MEDMNIST[name]})"
+    by_hand = f"run again, or fetch {url} by hand to {path} (MD5 {MEDMNIST[name]})"
     try:
-        if not path.exists():
-            if not download:
-                raise ConnectionError("downloading is off")
+        if download and not path.exists():
             _download(url, path, progress)
+        md5 = _md5(path.read_bytes())
     except (OSError, http.client.HTTPException) as error:
         # An HTTP status, whose reason is a string, and a refused certificate are answers.
         reason = getattr(error, "reason", None)
@@ -246,11 +210,9 @@ def load(
             why = f"the digits stand in for TissueMNIST: no connection to {url}: {reason}"
             warnings.warn(why, stacklevel=2)
             return _load_digits()
-        why = f"{path}: no such file, and no download ({error})"
-        raise DataError(f"{why}: name its root, run again, or {by_hand}") from error
-    md5 = _md5(path)
+        raise DataError(f"{path}: {error}: name its root, {by_hand}") from error
     if md5 != MEDMNIST[name]:
-        raise DataError(f"{path} has MD5 {md5}: remove it and run again, or {by_hand}")
+        raise DataError(f"{path} has MD5 {md5}: remove it and {by_hand}")
     return _load_npz(path, name, md5)
 
 
@@ -262,16 +224,13 @@ def _expand(path: str | Path) -> Path:
         raise DataError(f"{path}: {error} Set HOME, or name a path without ~") from error
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:  # hosts in FIPS mode refuse an MD5 for security
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def _md5(content: bytes) -> str:
+    # Hosts in FIPS mode refuse an MD5 for security.
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _download(url: str, path: Path, progress: Callable[[int, int], None] | None) -> None:
-    """Download a file, or go on where a killed or broken download stopped.
-
-    What has arrived is PATH.part. Two processes at once write the same bytes to the same places.
-    """
+    """Download to PATH.part, from where an earlier download stopped; then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     # The last byte is asked for again: to a complete part, a server would have nothing to add.
@@ -298,21 +257,14 @@ def _load_npz(path: Path, source: str, md5: str) -> ImageData:
     try:
         # Given a path, np.load leaves a damaged file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
-            part_labels = [npz[f"{part}_labels"] for part in PARTS]
-            ends = np.cumsum([len(labels) for labels in part_labels])
-            parts = Split(*np.split(np.arange(ends[-1]), ends[:-1]))
-            # Integers of any size and byte order pass, other types do not.
-            labels = np.concatenate(part_labels, axis=None, dtype=np.int64, casting="same_kind")
-            for part, index in zip(PARTS, parts, strict=True):
-                pixels = npz[f"{part}_images"]
-                if part == "train":
-                    images = np.empty((ends[-1], *pixels.shape[1:]), np.uint8)
-                shape = (len(index), *images.shape[1:])
-                if pixels.dtype != np.uint8 or pixels.shape != shape:
-                    found = f"{part}_images are {pixels.dtype} {pixels.shape}"
-                    raise ValueError(f"{found}, expected uint8 {shape}")
-                images[index] = pixels
-                del pixels  # before the next is read, so that only one part is in memory twice
+            images = [npz[f"{part}_images"] for part in PARTS]
+            # The reshaping fails unless there is one label per image.
+            pairs = zip(PARTS, images, strict=True)
+            labels = [npz[f"{part}_labels"].reshape(len(pixels)) for part, pixels in pairs]
+        ends = np.cumsum([len(part_labels) for part_labels in labels])
+        images = np.concatenate(images, dtype=np.uint8, casting="no")
+        # Integers of any size and byte order pass, other types do not.
+        labels = np.concatenate(labels, dtype=np.int64, casting="same_kind")
     except Exception as error:  # of numpy, zipfile, zlib, ast: no documented, closed set
         problem = "not of MedMNIST's layout, damaged, or too large for the memory here"
         raise DataError(f"{path}: {problem} ({error!r})") from error
@@ -321,7 +273,8 @@ def _load_npz(path: Path, source: str, md5: str) -> ImageData:
     name = next((name for name, known in MEDMNIST.items() if known == md5), path.stem)
     if md5 in TISSUEMNIST:
         name, class_names = "tissuemnist", TISSUEMNIST_CLASSES
-    return ImageData(images, labels, class_names, name, source, md5, parts)
+    official = Split(*np.split(np.arange(len(images)), ends[:-1]))
+    return ImageData(images, labels, class_names, name, source, md5, official)
 
 
 def _check(where: str | Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -330,12 +283,9 @@ def _check(where: str | Path, images: np.ndarray, labels: np.ndarray) -> None:
     if side < 8 or images.shape[1:] not in ((side, side), (side, side, 3)):
         raise DataError(f"{where}: images {images.shape}, not (N, H, H) or (N, H, H, 3), H >= 8")
     classes = np.unique(labels).tolist()
-    num_classes = len(classes)
-    if len(labels) != len(images) or num_classes < 2 or classes != list(range(num_classes)):
-        raise DataError(
-            f"{where}: labels must be 0 to K-1, one per image, every class present, K at least 2; "
-            f"found {len(labels)} labels, the lowest {classes[:20]}"
-        )
+    if len(classes) < 2 or classes != list(range(len(classes))):
+        problem = "labels must be 0 to K-1, every class present, K at least 2"
+        raise DataError(f"{where}: {problem}; found {classes[:20]}")
 
 
 def _load_digits() -> ImageData:
@@ -346,29 +296,20 @@ def _load_digits() -> ImageData:
     grey = (digits.images.astype(np.int64) * 255 // 16).astype(np.uint8)  # 16 is the brightest
     images = np.pad(grey.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
     labels = digits.target.astype(np.int64)
-    md5 = hashlib.md5(images.tobytes() + labels.tobytes(), usedforsecurity=False).hexdigest()
+    md5 = _md5(images.tobytes() + labels.tobytes())
     return ImageData(images, labels, tuple("0123456789"), "digits", "digits", md5, official=None)
 
 
-# ---- the authors' folders ------------------------------------------------------------------------
-
-
 def convert(train_folder: str | Path, test_folder: str | Path | None, path: str | Path) -> None:
-    """Convert the authors' format to an npz in MedMNIST's layout.
+    """Convert the authors' folders of images to an npz in MedMNIST's layout.
 
-    A folder has JPEG or PNG files named by id, a decimal number, padded or not; one CSV with the
-    columns `Id,Cell type` lies beside them, or else in the folder's parent. Of colour images the
-    first channel is taken. Raises DataError if a folder or an image is not so, or sizes differ.
+    A folder has JPEG or PNG files of one size, named by id, a decimal number, padded or not. One
+    CSV with the columns `Id,Cell type` lies beside them, or else in the folder's parent. Of colour
+    images the first channel is taken. `path` must not exist, but its folder must.
 
-    Parameters
-    ----------
-    train_folder : str or Path
-        Its images, in ascending order of id, are shuffled with seed 0 and cut 80/20 % into train
-        and validation images, as the authors did: 150,000 give 120,000 / 30,000.
-    test_folder : str or Path or None
-        All of it is the test part. None: the first folder is split by `poster_split`.
-    path : str or Path
-        The npz; must not exist, but its folder must.
+    As the authors did, the images of `train_folder`, in ascending order of id, are shuffled with
+    seed 0 and cut 80/20 % into train and validation images: 150,000 give 120,000 / 30,000. All of
+    `test_folder` is the test part. If it is None, the first folder is split by `poster_split`.
     """
     path = _expand(path)
     if path.exists() or not path.parent.is_dir():
@@ -377,9 +318,8 @@ def convert(train_folder: str | Path, test_folder: str | Path | None, path: str 
     num_train = len(pairs)
     if test_folder is not None:
         pairs += _list_images(_expand(test_folder))
-    files, labels = zip(*pairs, strict=True)
-    images = _decode(files)
-    labels = np.array(labels)
+    images = _decode([file for file, _ in pairs])
+    labels = np.array([label for _, label in pairs])
     _check("the folders", images, labels)
     if test_folder is None:
         parts = poster_split(images)
@@ -423,7 +363,8 @@ def _list_images(folder: Path) -> list[tuple[Path, int]]:
 
 
 def _decimal(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text):  # int() reads 1_23 as 123; 18 digits fit int64
+    # int() would read 1_23 as 123. 18 digits fit int64.
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18):
         raise ValueError(repr(text))
     return int(text)
 
@@ -432,25 +373,20 @@ def _decode(files: Sequence[Path]) -> np.ndarray:
     """Decode the first channel of JPEG and PNG files of one size to (N, height, width) uint8."""
     from PIL import Image
 
-    for row, file in enumerate(files):
+    decoded = []
+    for file in files:
         try:
             with Image.open(file, formats=("JPEG", "PNG")) as image:
                 # Of CMYK the first channel is a negative, and 16 bits do not fit.
                 if image.mode not in ("1", "P", "L", "LA", "RGB", "RGBA"):
                     raise ValueError(f"mode {image.mode}")
-                pixels = np.asarray(image.convert("RGB").getchannel("R"))
-            if row == 0:
-                images = np.empty((len(files), *pixels.shape), np.uint8)
-            if pixels.shape != images.shape[1:]:
-                raise ValueError(f"{pixels.shape}, {files[0]} {images.shape[1:]}")
-            images[row] = pixels
+                decoded.append(np.asarray(image.convert("RGB").getchannel("R")))
+            if decoded[-1].shape != decoded[0].shape:
+                raise ValueError(f"{decoded[-1].shape}, {files[0]} {decoded[0].shape}")
         except Exception as error:  # Pillow raises at least six kinds for damaged files
             problem = "not a readable 8-bit grey or RGB file, JPEG or PNG, of the others' size"
             raise DataError(f"{file}: {problem} ({error})") from error
-    return images
-
-
-# ---- command line --------------------------------------------------------------------------------
+    return np.stack(decoded)
 
 
 def _summary(image_data: ImageData) -> str:
@@ -492,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         match words:
             case ["-h" | "--help"]:
-                _print(__doc__)
+                _print(__doc__ or "data.py [SOURCE]")
                 return 0
             case ["convert", train_folder, path]:
                 convert(train_folder, None, path)

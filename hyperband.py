@@ -7,12 +7,10 @@ arguments it prints the poster's bracket. In code::
 
 Source: Li, Jamieson, DeSalvo, Rostamizadeh, Talwalkar, "Hyperband: A Novel Bandit-Based Approach
 to Hyperparameter Optimization", JMLR 18(185), 2018, Algorithm 1. Its R is `max_resource`, the most
-that one trial may use (here epochs), and one in `eta` configurations survives a rung. The brackets
-are numbered s = s_max .. 0, where s_max = floor(log_eta(R)). A rung's n_i is `configurations` and
-its r_i is `resource`, which is cumulative. T are the configurations of a rung, L their losses.
+that one trial may use (here epochs). Its n_i is the `configurations` of a rung and its r_i the
+`resource`, which is cumulative. T are the configurations of a rung, L their losses.
 """
 
-import copy
 import functools
 import hashlib
 import itertools
@@ -61,31 +59,16 @@ def brackets(max_resource: int, eta: int = 3) -> list[list[Rung]]:
 
 
 def total_resource(rungs: Sequence[Rung], retrain: bool = False) -> int:
-    """Return the resource that one bracket spends: 117 epochs for the poster's.
-
-    A survivor continues from its last rung. With `retrain` it starts again from nothing, and the
-    poster's bracket spends 162 epochs.
-    """
-    total, previous = 0, 0
+    """Return the resource of one bracket: 117 epochs for the poster's, 162 with `retrain`."""
+    total = previous = 0
     for n_i, r_i in rungs:
         total += n_i * (r_i - previous)
         previous = 0 if retrain else r_i
     return total
 
 
-# A seed draws the same on every machine and with every version of Python: the samplers call
-# `random.Random.random` alone, whose sequence Python promises to keep. The repr of a sampler
-# evaluates to an equal one.
-
-
-def _as_json(value: Any) -> Any:
-    """Return a value as a log of JSON lines gives it back."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise SearchError(f"a value that JSON cannot hold: {error}") from error
-
-
+# A seed draws the same on every machine: the samplers call `random.Random.random` alone, whose
+# sequence Python promises to keep. The repr of a sampler evaluates to an equal one.
 @dataclass(frozen=True)
 class Choice:
     """One of `values`, a sequence of JSON values, each with the same probability."""
@@ -95,7 +78,10 @@ class Choice:
     def __post_init__(self) -> None:
         if not isinstance(self.values, Sequence) or not self.values:
             raise SearchError("Choice: values must be a sequence that is not empty")
-        object.__setattr__(self, "values", tuple(_as_json(list(self.values))))
+        try:
+            json.dumps(list(self.values), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise SearchError(f"Choice: values must be JSON values: {error}") from error
 
     def sample(self, rng: random.Random) -> Any:
         """Draw one value."""
@@ -107,15 +93,14 @@ class _Range:
     low: float
     high: float
     types = (int, float)
-    least = -1e300
-    most = 1e300  # high - low must not overflow
+    least = -1e300  # high - low must not overflow
 
     def __post_init__(self) -> None:
         typed = type(self.low) in self.types and type(self.high) in self.types
-        if not typed or not self.least <= self.low <= self.high <= self.most:
+        if not typed or not self.least <= self.low <= self.high <= 1e300:
             types = " or ".join(allowed.__name__ for allowed in self.types)
-            limits = f"{self.least} <= low <= high <= {self.most}"
-            raise SearchError(f"{type(self).__name__}: bounds must be {types}, with {limits}")
+            bounds = f"bounds must be {types}, {self.least} <= low <= high <= 1e300"
+            raise SearchError(f"{type(self).__name__}: {bounds}")
 
 
 class Uniform(_Range):
@@ -171,33 +156,37 @@ class SearchResult(NamedTuple):
     trials: list[Trial]  # every finished trial, in the order of the schedule
 
 
-def _hyperband(
-    space: Mapping[str, Any],
-    schedule: Sequence[Sequence[Rung]],
-    seed: int,
-    evaluate: Callable[[list[Trial], int], list[Trial]],
-) -> Iterator[list[Trial]]:
-    """Yield the trials of each bracket: Algorithm 1, however trials run.
+def _hyperband(space, schedule, seed, log, trials) -> Iterator[tuple]:
+    """Yield the rungs of Algorithm 1: the trials that the log has, plans of the others, `previous`.
 
-    ``evaluate(plans, previous)`` returns the finished trials of one rung, in the order of `plans`.
-    A plan is a Trial without an outcome. `previous` is the resource that each has used so far.
+    A plan is a Trial without an outcome, and `previous` is the resource that it has used so far.
+    `trials` are those of the log. The caller finishes the plans and appends them, in their order.
     """
-    rng, numbers = random.Random(seed), itertools.count()
+    rng = random.Random(seed)
+    numbers = itertools.count()
+    start = 0
     for b, rungs in enumerate(schedule):  # for s = s_max .. 0
         survivors = []  # T = get_hyperparameter_configuration(n)
         for _ in range(rungs[0].configurations):
             drawn = {name: sampler.sample(rng) for name, sampler in space.items()}
-            survivors.append(Trial(b, 0, next(numbers), _as_json(drawn), 0))
-        finished, previous = [], 0
+            configuration = json.loads(json.dumps(drawn))  # as the log gives it back
+            survivors.append(Trial(b, 0, next(numbers), configuration, 0))
+        previous = 0
         for i, (n_i, r_i) in enumerate(rungs):
             plans = [Trial(b, i, t.trial, t.configuration, r_i) for t in survivors[:n_i]]
-            trials = evaluate(plans, previous)  # L = run_then_return_val_loss(t, r_i) for t in T
+            end = start + len(plans)
+            logged = trials[start:end]
+            for line, (plan, trial) in enumerate(zip(plans, logged, strict=False), start + 1):
+                if trial[:5] != plan[:5]:
+                    raise SearchError(f"{log}: line {line} has {trial[:5]}, not {plan[:5]}")
+            # L = run_then_return_val_loss(t, r_i) for t in T
+            yield logged, plans[len(logged) :], previous
             # T = top_k(T, L, k): the next rung takes the first k. A failed trial is never promoted.
-            succeeded = [t for t in trials if t.loss is not None]
+            succeeded = [t for t in trials[start:end] if t.loss is not None]
             survivors = sorted(succeeded, key=lambda t: (t.loss, t.trial))
-            finished += trials
-            previous = r_i
-        yield finished
+            start, previous = end, r_i
+    if len(trials) > start:
+        raise SearchError(f"{log}: line {start + 1} is not of this search")
 
 
 def search(
@@ -214,117 +203,62 @@ def search(
 ) -> SearchResult:
     """Minimise `objective` over `space` by successive halving.
 
-    A trial that raises, or whose loss is NaN or infinite, has failed. It is logged and never
-    promoted. An OSError (a full disk) ends the search instead, as no configuration is to blame for
-    it. The same call then continues from the log, as it does after a kill.
+    A trial that raises, or whose loss is NaN or infinite, has failed: it is logged and never
+    promoted. An OSError (a full disk) ends the search instead. A search that has ended early is
+    continued by the same call; this needs `log`, and `folder` where the trials keep state.
 
     Parameters
     ----------
     objective : callable
-        ``objective(configuration, previous, resource, folder) -> loss`` brings the trial from
+        ``objective(configuration, previous, resource, folder) -> loss`` brings a trial from
         `previous` to `resource` (cumulative) and returns its loss, lower is better. `folder` is
-        the trial's own and still holds what its last call left there. After an interrupted run it
-        may hold more than `previous`, up to `resource`. With a process executor it must pickle.
+        the trial's own and holds what its last call left there. If that was interrupted, it may be
+        more than `previous`.
     space : mapping of str to sampler
-        Drawn from in this order. A sampler, such as `Choice`, has a method
-        ``sample(random.Random)`` that returns a JSON value.
+        Drawn from in this order. ``sampler.sample(random.Random)`` returns a JSON value.
     schedule : sequence of brackets
         ``brackets(81)`` or ``[POSTER_BRACKET]``. In a bracket n_i never grows and r_i never falls.
     seed : int
         Decides every configuration; 0 or more.
     log : path, optional
-        One JSON line per finished trial: the fields of `Trial`. Trials that it has already are not
-        run again. A last line that was cut off is dropped.
+        File of one JSON line per finished trial: the fields of `Trial`.
     folder : path, optional
-        Where the trials keep their state, such as ``trial-0007-1f3a9c2e``, a number and a digest
-        of the configuration. At the end only the best trial's is left. By default a temporary
-        folder, with which a search whose trials keep state cannot be continued.
+        Where the trials keep their state. At the end only the best trial's is left.
     retrain : bool
-        Start every rung again from nothing, as the poster's upstream code did: `previous` is 0,
-        and the folder is a new one, such as ``trial-0007-1f3a9c2e-rung-1``.
+        Start every rung from nothing (`previous` is 0) in a new folder, as upstream's code did.
     executor : concurrent.futures.Executor, optional
         Runs the trials of a rung side by side. Result and log do not depend on it. A search that
         ends early does not wait for running trials: end them before it is continued.
     on_trial : callable
-        ``on_trial(trial, replayed)`` is called after every finished trial, in the order of the
-        schedule. `replayed` is True for a trial of the log.
-
-    Raises
-    ------
-    SearchError
-        The log is damaged or another search's; there is no log yet, but `folder` holds trials;
-        every trial failed; or the executor failed (a dead worker).
+        Called for each trial, in the order of the log. `replayed`: the log had it already.
     """
     # A trial that is not waited for may still write there while the folder is removed.
     with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        log = Path(temporary, "log.jsonl") if log is None else Path(log)
-        folder = Path(temporary) if folder is None else Path(folder)
+        log = Path(log or Path(temporary, "log.jsonl"))
+        folder = Path(folder or temporary)
         if not log.exists():
             if any(folder.glob("trial-*")):
-                advice = "remove them or choose another folder"
-                raise SearchError(f"{folder} holds trials of another search: {advice}")
-            # Before the first trial, so that a search killed in its first trial is continued.
+                raise SearchError(f"{folder} holds trials of another search: remove them first")
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.touch()
-        lines, size = _read_log(log)
-        os.truncate(log, size)
-        logged = iter(lines)
-
-        def evaluate(plans: list[Trial], previous: int) -> list[Trial]:
-            trials = _logged_trials(plans, logged)
-            for trial in trials:
+            log.touch()  # So that a search killed in its first trial is continued.
+        trials, size = _read_log(log)
+        os.truncate(log, size)  # A last line that was cut off goes.
+        for logged, plans, previous in _hyperband(space, schedule, seed, log, trials):
+            for trial in logged:
                 on_trial(trial, True)
             start = 0 if retrain else previous
             run = functools.partial(_run_trial, objective, start, folder, retrain)
             # An exception in this loop closes its generator, which cancels what has not begun.
-            for trial in _run_all(executor, run, plans[len(trials) :]):
+            for trial in _run_all(executor, run, plans):
                 with log.open("a", newline="\n") as file:
                     file.write(json.dumps(trial._asdict()) + "\n")
                 trials.append(trial)
                 on_trial(trial, False)
-            return trials
-
-        trials = []
-        for finished in _hyperband(space, schedule, seed, evaluate):
-            trials += finished
-            folders = {_trial_folder(folder, trial, retrain) for trial in trials}
-            for loser in folders - {_trial_folder(folder, _best(trials), retrain)}:
-                shutil.rmtree(loser, ignore_errors=True)
-        return _result(trials, logged)
-
-
-def _trial_folder(root: Path, trial: Trial, retrain: bool) -> Path:
-    """Return the folder of a trial. Its name is that of no other configuration."""
-    digest = hashlib.sha256(json.dumps(trial.configuration).encode()).hexdigest()
-    name = f"trial-{trial.trial:04d}-{digest[:8]}"
-    return root / (f"{name}-rung-{trial.rung}" if retrain else name)
-
-
-def _run_all(executor: Executor | None, run: Callable, plans: list[Trial]) -> Iterator[Trial]:
-    """Yield the trials of a rung in the order of `plans`, each as soon as it is finished."""
-    try:
-        yield from map(run, plans) if executor is None else executor.map(run, plans)
-    except OSError:
-        raise
-    except Exception as error:  # not the objective's: a dead worker, or what does not pickle
-        text = f"the executor failed: {error!r}; with a log, the same call continues the search"
-        raise SearchError(text) from error
-
-
-def _run_trial(objective: Callable, previous: int, root: Path, retrain: bool, plan: Trial) -> Trial:
-    """Run one trial, perhaps in another process."""
-    folder = _trial_folder(root, plan, retrain)
-    folder.mkdir(parents=True, exist_ok=True)
-    loss, error, started = None, None, time.perf_counter()
-    try:
-        loss = float(objective(copy.deepcopy(plan.configuration), previous, plan.resource, folder))
-        if not math.isfinite(loss):
-            loss, error = None, f"the loss is {loss}"
-    except OSError:
-        raise
-    except Exception as exception:
-        error = repr(exception)
-    return plan._replace(loss=loss, seconds=time.perf_counter() - started, error=error)
+        result = _result(trials)
+        folders = {_trial_folder(folder, trial, retrain) for trial in result.trials}
+        for loser in folders - {_trial_folder(folder, result.best, retrain)}:
+            shutil.rmtree(loser, ignore_errors=True)
+        return result
 
 
 def replay(
@@ -335,93 +269,98 @@ def replay(
 ) -> SearchResult:
     """Return the result of a finished search from its log, without running a trial.
 
-    The configurations and promotions are computed again and compared with the log. The losses,
-    seconds and errors are taken from it. The arguments are those of `search`. A log that is
-    damaged, unfinished or another search's is a SearchError.
+    The configurations and promotions are computed again and compared with the log.
     """
-    lines, _ = _read_log(log)
-    logged = iter(lines)
-
-    def evaluate(plans: list[Trial], previous: int) -> list[Trial]:
-        trials = _logged_trials(plans, logged)
-        if len(trials) < len(plans):
+    trials, _ = _read_log(log)
+    for _, plans, _ in _hyperband(space, schedule, seed, log, trials):
+        if plans:
             raise SearchError(f"{log}: the log ends before the search does; finish that first")
-        return trials
-
-    trials = itertools.chain.from_iterable(_hyperband(space, schedule, seed, evaluate))
-    return _result([*trials], logged)
+    return _result(trials)
 
 
-def _read_log(log: str | os.PathLike) -> tuple[list[tuple[str, Trial]], int]:
-    """Return each line's name and trial, and the number of bytes before a cut last line."""
+def _result(trials: list[Trial]) -> SearchResult:
+    """Return the result of a search that has ended."""
+    succeeded = [t for t in trials if t.loss is not None]
+    if not succeeded:
+        raise SearchError(f"all {len(trials)} trials failed; the first: {trials[0].error}")
+    return SearchResult(min(succeeded, key=lambda t: (-t.resource, t.loss, t.trial)), trials)
+
+
+def _run_all(executor: Executor | None, run: Callable, plans: list[Trial]) -> Iterator[Trial]:
+    """Yield the trials of a rung in the order of `plans`, each as soon as it is finished."""
+    try:
+        yield from map(run, plans) if executor is None else executor.map(run, plans)
+    except OSError:
+        raise
+    except Exception as error:  # not the objective's: a dead worker, or what does not pickle
+        raise SearchError(f"the executor failed, run again: {error!r}") from error
+
+
+def _trial_folder(root: Path, trial: Trial, retrain: bool) -> Path:
+    """Return a trial's folder; the digest keeps it from the state of another configuration."""
+    digest = hashlib.sha256(json.dumps(trial.configuration).encode()).hexdigest()
+    name = f"trial-{trial.trial:04d}-{digest[:8]}"
+    return root / (f"{name}-rung-{trial.rung}" if retrain else name)
+
+
+def _run_trial(objective: Callable, previous: int, root: Path, retrain: bool, plan: Trial) -> Trial:
+    """Run one trial, perhaps in another process."""
+    folder = _trial_folder(root, plan, retrain)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        loss = float(objective(dict(plan.configuration), previous, plan.resource, folder))
+        error = None
+        if not math.isfinite(loss):
+            loss, error = None, f"the loss is {loss}"
+    except OSError:
+        raise
+    except Exception as exception:
+        loss, error = None, repr(exception)
+    return plan._replace(loss=loss, seconds=time.perf_counter() - started, error=error)
+
+
+def _read_log(log: str | os.PathLike) -> tuple[list[Trial], int]:
+    """Return the trials of a log, and the number of bytes before a last line that was cut off."""
     content = Path(log).read_bytes()
     *lines, cut = content.split(b"\n")
     if not cut.startswith(b'{"bracket": '[: len(cut)]):
         lines.append(cut)  # not the beginning of a trial: another file, which is left as it is
     trials = []
-    for number, text in enumerate(lines, 1):
-        line = f"{log}: line {number}"
+    for number, line in enumerate(lines, 1):
         try:
-            trial = Trial(**json.loads(text))
+            trial = Trial(**json.loads(line))
             if not math.isfinite(trial.seconds + (trial.loss or 0.0)):
                 raise ValueError("a number is not finite")
-        except (OverflowError, RecursionError, TypeError, ValueError) as error:
-            advice = "remove it and what follows to run that again"
-            raise SearchError(f"{line} is damaged; {advice}") from error
-        trials.append((line, trial))
-    return trials, len(content) - len(cut)
-
-
-def _logged_trials(plans: list[Trial], logged: Iterator[tuple[str, Trial]]) -> list[Trial]:
-    """Return the trials of a rung as far as the log has them; raise where they are not `plans`."""
-    trials = []
-    for plan, (line, trial) in zip(plans, logged, strict=False):
-        if trial[:5] != plan[:5]:
-            text = f"{line} has {trial[:5]}, this search {plan[:5]}"
-            raise SearchError(f"{text}: it was changed, or belongs to another search")
+        except Exception as error:  # damage may be of any kind
+            raise SearchError(f"{log}: line {number} is damaged: remove it and the rest") from error
         trials.append(trial)
-    return trials
-
-
-def _best(trials: list[Trial]) -> Trial:
-    return min(trials, key=lambda t: (t.loss is None, -t.resource, t.loss, t.trial))
-
-
-def _result(trials: list[Trial], logged: Iterator[tuple[str, Trial]]) -> SearchResult:
-    """Return the result; raise where lines of the log remain, or where every trial failed."""
-    for line, _ in logged:
-        raise SearchError(f"{line} belongs to another search")
-    best = _best(trials)
-    if best.loss is None:
-        raise SearchError(f"all {len(trials)} trials failed; the first: {trials[0].error}")
-    return SearchResult(best, trials)
+    return trials, len(content) - len(cut)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the brackets for R and eta, or the poster's; return the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    lines = [" s   epochs  retraining  n@r: n configurations up to r epochs each"]
     try:
         if words in (["-h"], ["--help"]):
-            print(__doc__ or "hyperband.py [R [eta]]", flush=True)
+            print(__doc__, flush=True)
             return 0
         if len(words) > 2:
-            raise SearchError(f"expected R and eta at most, not {len(words)} arguments")
-        # Anything but a number of a few digits stays text, which `brackets` refuses.
-        numbers = [int(word) if word.isdecimal() and len(word) < 9 else word for word in words]
+            raise SearchError("expected R and eta at most")
+        # What is not a number stays text, which `brackets` refuses.
+        numbers = [int(word) if word.isdecimal() else word for word in words]
         schedule = brackets(*numbers) if words else [POSTER_BRACKET]
+        print(" s   epochs  retraining  n@r: n configurations up to r epochs each", flush=True)
         for rungs in schedule:
             flow = " -> ".join(f"{n}@{r}" for n, r in rungs)
             epochs, retraining = total_resource(rungs), total_resource(rungs, retrain=True)
-            lines.append(f"{len(rungs) - 1:2} {epochs:8} {retraining:11}  {flow}")
-        print("\n".join(lines), flush=True)
+            print(f"{len(rungs) - 1:2} {epochs:8} {retraining:11}  {flow}", flush=True)
     except (SearchError, OSError) as error:
         if isinstance(error, OSError):  # of stdout, which Python flushes once more at its exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # `| head` has read enough
-            return 0
-        print(f"hyperband.py: error: {error}", file=sys.stderr)
-        return 2
+        if not isinstance(error, BrokenPipeError):  # `| head` has read enough
+            print(f"hyperband.py: error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a classification test, the CSV files that carry them, checks and figures.
+"""The metrics of a classification test, the CSV files that hold them, checks and figures.
 
     python metrics.py predictions.csv        print the tables of a predictions file
     python metrics.py check FOLDER           check a run's test folder, or the poster's
@@ -7,7 +7,7 @@
     python metrics.py draw FOLDER [--reference POSTER_FOLDER]
                                              draw FOLDER/figures of a run, or of the poster
 
-The numbers are accuracy and macro F1, recall and precision with bootstrap intervals; precision,
+The metrics are accuracy and macro F1, recall and precision with bootstrap intervals; precision,
 recall and F1 of each class; the confusion matrix; one ROC curve per class, and its AUC with
 DeLong's interval. In code::
 
@@ -19,7 +19,7 @@ Needs numpy and scikit-learn (which brings scipy), and matplotlib only to draw.
 
 What all functions share: N is the number of images, K > 1 the number of classes. Labels and
 predicted classes are (N,) integers from 0 to K - 1; logits and scores are (N, K) finite numbers.
-Figures are floats from 0 to 1, NaN where undefined. Intervals are 95 % intervals. Wrong labels and
+Metrics are floats from 0 to 1, NaN where undefined. Intervals are 95 % intervals. Wrong labels and
 wrong files raise `MetricsError`, a file that cannot be read or written raises OSError, and other
 arrays that do not fit raise the ValueError of NumPy or scikit-learn.
 """
@@ -46,7 +46,7 @@ import scipy.special
 import sklearn.metrics
 from numpy.typing import ArrayLike
 
-# The figures of `summary`, in its order, and their names in tables.
+# The keys of `summary`, in its order, and their names in tables.
 METRIC_NAMES = {
     "accuracy": "accuracy",
     "f1": "macro F1",
@@ -57,14 +57,14 @@ REPLICATES = 10_000  # of the bootstrap
 
 
 class MetricsError(ValueError):
-    """Labels or a file cannot be used; the message is one line and says what is wrong."""
+    """Labels or a file cannot be used; the message is one line."""
 
 
-# ---- numbers -------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 class ClassMetrics(NamedTuple):
-    """The figures of one class; `support` is the number of its test images."""
+    """The metrics of one class; `support` is the number of its test images."""
 
     precision: float
     recall: float
@@ -84,18 +84,8 @@ class RocCurve(NamedTuple):
     auc: float
 
 
-class ClassArea(NamedTuple):
-    """The area under one class's ROC curve by raw logits, its interval, and the area by softmax."""
-
-    auc: float
-    auc_low: float
-    auc_high: float
-    auc_softmax: float
-    support: int
-
-
 def _classes(values: ArrayLike, num_classes: int) -> np.ndarray:
-    """Return class indices as an array; scikit-learn would leave out those that are too high."""
+    """Return class indices as an array; scikit-learn would ignore those that are too high."""
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or not np.isin(array, range(num_classes)).all():
         raise MetricsError(f"labels and predicted classes are integers from 0 to {num_classes - 1}")
@@ -111,9 +101,8 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> np.n
 def summary(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> dict[str, float]:
     """Return accuracy and the macro averages of F1, recall and precision, by METRIC_NAMES' keys.
 
-    The macro average is over the classes that occur in `labels` or `predicted`, as in scikit-learn;
-    a class never predicted has precision 0, one without test images recall 0
-    (``zero_division=0``).
+    As in scikit-learn, the average is over the classes that occur in `labels` or `predicted`, and
+    an undefined precision or recall counts as 0 (``zero_division=0``).
     """
     return summary_from_confusion(confusion(labels, predicted, num_classes))
 
@@ -130,11 +119,7 @@ def summary_from_confusion(matrix: ArrayLike) -> dict[str, float]:
 
 
 def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list[ClassMetrics]:
-    """Return precision, recall, F1 and support of each of the K classes.
-
-    Precision is NaN for a class that is never predicted, recall for one without test images, F1
-    where both are.
-    """
+    """Return precision, recall, F1 (NaN where undefined) and support of each of the K classes."""
     labels, predicted = _classes(labels, num_classes), _classes(predicted, num_classes)
     precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=range(num_classes), zero_division=np.nan
@@ -146,17 +131,16 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
 
 def softmax(logits: ArrayLike) -> np.ndarray:
     """Return the softmax of each row of (N, K) logits as float64."""
-    # In C order, because the order of summation, and so the last bit, depends on it.
+    # The order in memory decides the order of summation, and so the last bit.
     return scipy.special.softmax(np.asarray(logits, dtype=np.float64, order="C"), axis=1)
 
 
 def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
     """Return the ROC curve of each class against the rest.
 
-    Scores are raw logits, which the poster's authors used, or their `softmax`. The two give
-    different curves, because softmax compares a logit with the others. Points on a straight line
-    between their neighbours are left out (``drop_intermediate``). Where a class has no test image,
-    `tpr` and `auc` are NaN; where it has all of them, `fpr` and `auc` are.
+    Scores are raw logits, as in the poster's curves, or their `softmax`, whose curves differ.
+    Points on a straight line between their neighbours are left out (``drop_intermediate``). Where a
+    class has no test image, `tpr` and `auc` are NaN; where it has all of them, `fpr` and `auc` are.
     """
     scores = np.asarray(scores, dtype=np.float64)
     labels = _classes(labels, scores.shape[1])
@@ -169,13 +153,13 @@ def roc_curves(labels: ArrayLike, scores: ArrayLike) -> list[RocCurve]:
 
 
 def bootstrap_intervals(matrix: ArrayLike, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Return (low, high) of each figure of `summary`: percentile bootstrap over test images.
+    """Return (low, high) of each metric of `summary`: percentile bootstrap over test images.
 
-    The figures depend on the (K, K) confusion matrix alone, and drawing N of N images with
-    replacement makes its cells multinomial; so each of 10,000 replicates is one multinomial draw,
-    in 80,000 K^2 bytes, by ``numpy.random.RandomState(seed)``, whose stream NumPy promises to keep.
-    The intervals show how far another test set would move the figures, not another training run.
-    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    The metrics depend on the (K, K) confusion matrix alone, and drawing N of N images with
+    replacement makes its cells multinomial. So each of 10,000 replicates is one multinomial draw by
+    ``numpy.random.RandomState(seed)``, whose stream NumPy promises to keep. The intervals show how
+    far another test set would move the metrics, not another training run. Source: Efron &
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     matrix = np.asarray(matrix)
     total = matrix.sum()
@@ -184,32 +168,32 @@ def bootstrap_intervals(matrix: ArrayLike, seed: int = 0) -> dict[str, tuple[flo
     hits = draws.diagonal(axis1=1, axis2=2)  # (B, K)
     support, called = draws.sum(axis=2), draws.sum(axis=1)
     present = (support + called > 0).sum(axis=1)  # (B,)
-    figures = [hits.sum(axis=1) / total]
+    values = [hits.sum(axis=1) / total]  # accuracy
     # F1, recall, precision. Hits are 0 wherever the denominator is: that is zero_division=0.
     for part, whole in ((2 * hits, support + called), (hits, support), (hits, called)):
-        figures.append((part / np.maximum(whole, 1)).sum(axis=1) / present)
-    intervals = np.quantile(figures, [0.025, 0.975], axis=1).T
+        values.append((part / np.maximum(whole, 1)).sum(axis=1) / present)
+    intervals = np.quantile(values, [0.025, 0.975], axis=1).T
     return dict(zip(METRIC_NAMES, map(tuple, intervals.tolist()), strict=True))
 
 
 def delong_interval(positive: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     """Return (low, high) of an AUC by DeLong's variance, in O(n log n).
 
-    `positive`, (N,) bool, marks the images of the class; of their scores, (N,) numbers, only the
-    order matters. The interval is normal, cut to 0..1, and NaN if fewer than two images are
-    positive or negative. Sources: DeLong, DeLong & Clarke-Pearson, Biometrics 44(3):837-845, 1988;
-    Sun & Xu, IEEE Signal Processing Letters 21(11):1389-1393, 2014, for the O(n log n).
+    `positive`, (N,) bool, marks the images of the class; `scores` are (N,) numbers. The interval is
+    normal, cut to 0..1, and NaN if fewer than two images are positive or negative. Sources: DeLong,
+    DeLong & Clarke-Pearson, Biometrics 44(3):837-845, 1988; Sun & Xu, IEEE Signal Processing
+    Letters 21(11):1389-1393, 2014, for the O(n log n).
     """
     positive, scores = np.asarray(positive, dtype=bool), np.asarray(scores)
     cases, controls = np.sort(scores[positive]), np.sort(scores[~positive])
     if min(len(cases), len(controls)) < 2:
         return math.nan, math.nan
-    shares = []  # of the others, those below each case or control; a tie counts half
+    components = []  # the share of the other group that lies below each score; a tie counts half
     for values, others in ((cases, controls), (controls, cases)):
         below = np.searchsorted(others, values) + np.searchsorted(others, values, side="right")
-        shares.append(below / (2 * len(others)))
-    area = float(shares[0].mean())
-    variance = sum(share.var(ddof=1) / len(share) for share in shares)
+        components.append(below / (2 * len(others)))
+    area = float(components[0].mean())
+    variance = sum(component.var(ddof=1) / len(component) for component in components)
     reach = NormalDist().inv_cdf(0.975) * math.sqrt(variance)
     return max(0.0, area - reach), min(1.0, area + reach)
 
@@ -219,15 +203,14 @@ def delong_interval(positive: ArrayLike, scores: ArrayLike) -> tuple[float, floa
 
 
 def write(path: str | Path, content: str | bytes) -> None:
-    r"""Write a file, so that its name never stands for a part of it.
+    r"""Write a file whole or not at all: as NAME.tmp, which is then moved into place.
 
-    It is written as NAME.tmp in the same folder, which must exist, and moved into place; if that
-    fails, NAME.tmp is removed. Text becomes UTF-8 with "\n" kept and lone surrogates escaped.
+    Text becomes UTF-8, with "\n" kept and lone surrogates escaped.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # what a killed process left is overwritten
+    temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -236,7 +219,7 @@ def write(path: str | Path, content: str | bytes) -> None:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    r"""Return the text of a CSV file: "\n", floats in full precision, NaN as nan."""
+    r"""Return the text of a CSV file: lines end in "\n", floats have full precision."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])  # a float's str() is exact
     return text.getvalue()
@@ -245,12 +228,9 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _read_text(path: str | Path) -> str:
     """Return the text of a CSV file, without a byte order mark."""
     content = Path(path).read_bytes()
-    if not content.endswith(b"\n") or content.isspace():
+    if not content.endswith(b"\n"):
         raise MetricsError(f"{path}: empty, or its last row is cut short; write it again")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MetricsError(f"{path}: not in UTF-8 ({error}); write it again") from None
+    return content.decode("utf-8-sig", "backslashreplace")
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
@@ -279,15 +259,8 @@ def read_column(path: str | Path, name: str, kind: Callable[[str], Any] = float)
 def read_confusion(folder: str | Path) -> np.ndarray:
     """Return the confusion matrix (K, K) int64 of a folder's confusion.csv."""
     path = Path(folder, "confusion.csv")
-    header, rows = read_csv(path)
-    try:
-        matrix = np.array([row[1:] for row in rows], dtype=np.int64)
-    except (ValueError, OverflowError) as error:
-        raise MetricsError(f"{path}: {error}; write it again") from None
-    num_classes = len(header) - 1
-    if matrix.shape != (num_classes, num_classes) or not matrix.any() or matrix.min() < 0:
-        raise MetricsError(f"{path}: not a square of counts; write it again")
-    return matrix
+    header, _ = read_csv(path)
+    return np.column_stack([read_column(path, name, int) for name in header[1:]])
 
 
 class Predictions(NamedTuple):
@@ -303,8 +276,8 @@ class Predictions(NamedTuple):
     logits: np.ndarray
 
 
-def _prediction_columns(num_classes: int) -> list[str]:
-    return ["id", "label", "predicted", *(f"logit_{k}" for k in range(num_classes))]
+def _predictions_header(num_classes: int) -> str:
+    return ",".join(["id", "label", "predicted", *(f"logit_{k}" for k in range(num_classes))])
 
 
 def predictions_text(predictions: Predictions) -> str:
@@ -316,25 +289,21 @@ def predictions_text(predictions: Predictions) -> str:
     line = ",".join(["%s,%d,%d"] + ["%.9g"] * num_classes)  # float32 needs 9 digits
     columns = (column.tolist() for column in (ids, labels, predicted, *logits.T))
     lines = [line % row for row in zip(*columns, strict=True)]
-    return "\n".join([",".join(_prediction_columns(num_classes)), *lines, ""])
+    return "\n".join([_predictions_header(num_classes), *lines, ""])
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read predictions.csv and check that its columns agree.
-
-    They are id, label, predicted, logit_0, ..., logit_{K-1}, in this order, and no others.
-    """
+    """Read predictions.csv, id,label,predicted,logit_0,..., and check that its columns agree."""
     header, *lines = _read_text(path).splitlines()
     num_classes = max(2, header.count(",") - 2)
-    if header.split(",") != _prediction_columns(num_classes) or not lines or "" in lines:
+    if header != _predictions_header(num_classes) or not lines or "" in lines:
         expected = "rows of id,label,predicted,logit_0,logit_1,... and no other columns"
         raise MetricsError(f"{path}: expected {expected}")
-    columns = [("id", object), ("label", np.int64), ("predicted", np.int64)]
-    columns.append(("logits", np.float32, num_classes))
+    dtype = [("id", object), ("label", int), ("predicted", int), ("logits", "f4", num_classes)]
     try:
-        table = np.loadtxt(lines, columns, delimiter=",", comments=None, ndmin=1)
+        table = np.loadtxt(lines, dtype, delimiter=",", comments=None, ndmin=1)
     except ValueError as error:  # names row and column
-        raise MetricsError(f"{path}: {error} (row 0 is below the header)") from None
+        raise MetricsError(f"{path}: {error} (rows are counted below the header)") from None
     ids = np.array(table["id"].tolist())
     labels, predicted, logits = (table[name].copy() for name in ("label", "predicted", "logits"))
     for wrong, problem in (
@@ -350,102 +319,102 @@ def read_predictions(path: str | Path) -> Predictions:
 def tables(predictions: Predictions, class_names: Sequence[str]) -> dict[str, tuple[list, list]]:
     """Return (header, rows), by file name, of all CSV files that follow from predictions.
 
-    They are table.csv (the figures of `summary` with their intervals), confusion.csv,
-    per_class.csv, roc/auc.csv and one roc/class_K.csv per class. The last row of roc/auc.csv is the
-    mean over classes, which by softmax is the AUC of MedMNIST's evaluator. Cells are Python's str,
-    int and float.
+    The last row of roc/auc.csv is the mean over classes, which by softmax is the AUC of MedMNIST's
+    evaluator. Cells are Python's str, int and float.
     """
     _, labels, predicted, logits = predictions
     num_images, num_classes = logits.shape
     if len(class_names) != num_classes:
         raise MetricsError(f"{len(class_names)} class names, {num_classes} logits; give one each")
-    matrix = confusion(labels, predicted, num_classes)
-    figures, intervals = summary_from_confusion(matrix), bootstrap_intervals(matrix)
-    metric_rows = [[METRIC_NAMES[key], value, *intervals[key]] for key, value in figures.items()]
-
     names = [[k, str(name)] for k, name in enumerate(class_names)]
+
+    matrix = confusion(labels, predicted, num_classes)
+    intervals = bootstrap_intervals(matrix)
+    rows = []
+    for key, value in summary_from_confusion(matrix).items():
+        rows.append([METRIC_NAMES[key], value, *intervals[key]])
+    files = {"table.csv": (["metric", "value", "low_95", "high_95"], rows)}
+
+    header = ["label", *(f"predicted_{k}" for k in range(num_classes))]
+    files["confusion.csv"] = header, [[k, *row] for k, row in enumerate(matrix.tolist())]
+
     classes = per_class(labels, predicted, num_classes)
-    class_rows = [[*name, *row] for name, row in zip(names, classes, strict=True)]
+    rows = [[*name, *metrics] for name, metrics in zip(names, classes, strict=True)]
+    files["per_class.csv"] = ["class", "name", *ClassMetrics._fields], rows
 
-    curves, softmax_curves = roc_curves(labels, logits), roc_curves(labels, softmax(logits))
-    area_rows, curve_tables = [], {}
-    for k, curve in enumerate(curves):
+    curves = roc_curves(labels, logits)
+    softmax_areas = [curve.auc for curve in roc_curves(labels, softmax(logits))]
+    rows = []
+    for k, (fpr, tpr, thresholds, auc) in enumerate(curves):
         interval = delong_interval(labels == k, logits[:, k])
-        area = ClassArea(curve.auc, *interval, softmax_curves[k].auc, classes[k].support)
-        area_rows.append([*names[k], *area])
-        points = np.column_stack([curve.fpr, curve.tpr, curve.thresholds]).tolist()
-        curve_tables[f"roc/class_{k}.csv"] = ["fpr", "tpr", "threshold"], points
-    mean_auc = float(np.mean([curve.auc for curve in curves]))
-    mean_softmax = float(np.mean([curve.auc for curve in softmax_curves]))
-    mean = ClassArea(mean_auc, math.nan, math.nan, mean_softmax, support=num_images)
-    area_rows.append(["mean", "", *mean])
-
-    labelled_counts = [[k, *counts] for k, counts in enumerate(matrix.tolist())]
-    return {
-        "table.csv": (["metric", "value", "low_95", "high_95"], metric_rows),
-        "confusion.csv": (["label", *(f"predicted_{k}" for k, _ in names)], labelled_counts),
-        "per_class.csv": (["class", "name", *ClassMetrics._fields], class_rows),
-        "roc/auc.csv": (["class", "name", *ClassArea._fields], area_rows),
-        **curve_tables,
-    }
+        rows.append([*names[k], auc, *interval, softmax_areas[k], classes[k].support])
+        points = np.column_stack([fpr, tpr, thresholds]).tolist()
+        files[f"roc/class_{k}.csv"] = ["fpr", "tpr", "threshold"], points
+    mean = float(np.mean([curve.auc for curve in curves]))
+    rows.append(["mean", "", mean, math.nan, math.nan, float(np.mean(softmax_areas)), num_images])
+    header = ["class", "name", "auc", "auc_low", "auc_high", "auc_softmax", "support"]
+    files["roc/auc.csv"] = header, rows
+    return files
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table, padded so that it reads well as plain text too.
 
-    The first column is aligned left, the others right. Floats are shown with four digits after the
-    point, other cells by ``str``.
+    The first column is aligned left, the others right. Numbers with a decimal point are shown with
+    four digits after it.
     """
-    cells = []
+    lines = []
     for row in (header, *rows):
-        texts = (f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row)
-        cells.append([text.replace("|", "\\|") for text in texts])
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    lines = [[a.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for a, *rest in cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        cells = []
+        for cell in map(str, row):
+            is_fraction = re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", cell)
+            cells.append(f"{float(cell):.4f}" if is_fraction else cell.replace("|", "\\|"))
+        lines.append(cells)
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    text = ""
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def csv_table(path: str | Path) -> str:
-    """Return a CSV file as a Markdown table; whole numbers stay whole."""
-    header, rows = read_csv(path)
-    fraction = re.compile(r"-?\d+\.\d+(e-?\d+)?")
-    for row in rows:
-        row[:] = [float(cell) if fraction.fullmatch(cell) else cell for cell in row]
-    return markdown_table(header, rows)
+    """Return a CSV file as a Markdown table."""
+    return markdown_table(*read_csv(path))
 
 
 def spread(paths: Sequence[str | Path]) -> tuple[list[str], list[list[Any]]]:
-    """Return (header, rows) of how figures spread over several runs: one row per figure.
+    """Return (header, rows) of how metrics spread over several runs: one row per metric.
 
     `paths` are the runs' table.csv, or their roc/auc.csv. The columns are figure, runs, mean, std
-    (of a sample: ``ddof=1``; NaN for one run), min, max, and one per path.
+    (``ddof=1``; NaN for one run), min, max, and one per path.
     """
-    runs = [_figures(path) for path in paths]
+    runs = [_read_metrics(path) for path in paths]
     for path, run in zip(paths, runs, strict=True):
         if run.keys() != runs[0].keys():
-            raise MetricsError(f"{path}: its figures are not those of {paths[0]}")
+            raise MetricsError(f"{path}: its metrics are not those of {paths[0]}")
     rows = []
-    for figure in runs[0]:
-        values = np.array([run[figure] for run in runs])
+    for name in runs[0]:
+        values = np.array([run[name] for run in runs])
         std = values.std(ddof=1) if len(runs) > 1 else math.nan
         statistics = [values.mean(), std, values.min(), values.max()]
-        rows.append([figure, len(runs), *map(float, statistics), *values.tolist()])
+        rows.append([name, len(runs), *map(float, statistics), *values.tolist()])
     return ["figure", "runs", "mean", "std", "min", "max", *map(str, paths)], rows
 
 
-def _figures(path: str | Path) -> dict[str, float]:
-    """Return the figures of table.csv or roc/auc.csv by name."""
+def _read_metrics(path: str | Path) -> dict[str, float]:
+    """Return the metrics of a table.csv or roc/auc.csv by name."""
     header, _ = read_csv(path)
     if "metric" in header:
-        names, values = read_column(path, "metric", str), read_column(path, "value")
-        return dict(zip(names, values, strict=True))
-    figures = {}
+        names = read_column(path, "metric", str)
+        return dict(zip(names, read_column(path, "value"), strict=True))
+    metrics = {}
+    classes = read_column(path, "class", str)
     for column in ("auc", "auc_softmax"):
-        areas = zip(read_column(path, "class", str), read_column(path, column), strict=True)
-        for k, area in areas:
-            figures[f"mean {column}" if k == "mean" else f"{column} of class {k}"] = area
-    return figures
+        for k, area in zip(classes, read_column(path, column), strict=True):
+            metrics[f"mean {column}" if k == "mean" else f"{column} of class {k}"] = area
+    return metrics
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -468,7 +437,7 @@ def compare_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence
 
 
 def _equal(a: str, b: str) -> bool:
-    """Return whether two cells are equal; numbers are where they agree to 12 digits."""
+    """Return whether two cells are the same text, or numbers that agree to 12 digits."""
     try:
         return a == b or math.isclose(float(a), float(b), rel_tol=1e-12, abs_tol=1e-12)
     except ValueError:
@@ -478,7 +447,8 @@ def _equal(a: str, b: str) -> bool:
 def check_tables(folder: str | Path) -> None:
     """Check that the tables, curves and AUCs follow from predictions.csv."""
     predictions = read_predictions(Path(folder, "predictions.csv"))
-    path, num_classes = Path(folder, "per_class.csv"), predictions.logits.shape[1]
+    num_classes = predictions.logits.shape[1]
+    path = Path(folder, "per_class.csv")
     names = read_column(path, "name", str)
     if len(names) != num_classes:
         raise MetricsError(f"{path}: {len(names)} classes, predictions.csv has {num_classes}")
@@ -491,21 +461,20 @@ def check_poster(folder: str | Path) -> None:
     matrix = read_confusion(folder)
     if matrix.sum() != 50_000:
         raise MetricsError(f"{Path(folder, 'confusion.csv')}: {matrix.sum()} images, not 50000")
-    # The poster cuts its figures after four digits: precision 0.567883 became 0.5678.
-    figures = [math.floor(value * 1e4) / 1e4 for value in summary_from_confusion(matrix).values()]
-    ratios = (matrix.sum(axis=1) / matrix.sum()).round(2).tolist()
+    # The poster cuts its metrics after four digits: precision 0.567883 became 0.5678.
+    values = [math.floor(value * 1e4) / 1e4 for value in summary_from_confusion(matrix).values()]
+    ratios = matrix.sum(axis=1) / matrix.sum()
     curves = Path(folder, "roc.csv")
     fpr = read_column(curves, "fpr")
     areas = [np.trapezoid(read_column(curves, f"tpr_{k}"), fpr) for k in range(len(matrix))]
     for name, column, expected, tolerance in (
-        ("table.csv", "value", figures, 0),
-        ("per_class.csv", "ratio", ratios, 0),
+        ("table.csv", "value", values, 0),
+        ("per_class.csv", "ratio", ratios.round(2).tolist(), 0),
         ("auc.csv", "auc", np.round(areas, 4).tolist(), 1e-3),
     ):
         path = Path(folder, name)
         stored = read_column(path, column)
-        same = len(stored) == len(expected) and np.allclose(stored, expected, 0, tolerance)
-        if not same:
+        if len(stored) != len(expected) or not np.allclose(stored, expected, 0, tolerance):
             raise MetricsError(f"{path}: column {column}: {stored}, recomputed {expected}")
 
 
@@ -521,10 +490,9 @@ def write_sums(folder: str | Path) -> None:
 def check_sums(folder: str | Path) -> None:
     """Check that every file is as SHA256SUMS lists it."""
     path = Path(folder, "SHA256SUMS")
-    listed, digests = {}, _digests(folder)
-    for line in path.read_bytes().decode("utf-8", "surrogateescape").splitlines():
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
+    digests = _digests(folder)
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    listed = {line[66:]: line[:64] for line in lines}
     for name in sorted(listed.keys() | digests.keys()):
         if name not in digests:
             raise MetricsError(f"{path}: lists {name!r}, which is missing")
@@ -546,7 +514,7 @@ def _digests(folder: str | Path) -> dict[str, str]:
 
 
 def describe(error: Exception) -> str:
-    """Return a description of an error in one line."""
+    """Describe an error in one line."""
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} is missing"
     if isinstance(error, OSError):
@@ -554,64 +522,52 @@ def describe(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def passes(
-    check: Callable[..., None],
-    *arguments: Any,
-    root: str | Path,
-    errors: tuple[type[Exception], ...] = (MetricsError, OSError),
-) -> bool:
-    """Run one check, print its outcome in one line, and return whether it found no problem.
+def passes(check: Callable, *arguments: Any, root: Path, errors=(MetricsError, OSError)) -> bool:
+    """Run a check, print its outcome in one line, and return whether it raised none of `errors`.
 
-    A problem is an error that is one of `errors`; its path is printed relative to `root`.
+    A problem's path is printed relative to `root`.
     """
     try:
         check(*arguments)
     except errors as error:
-        print(f"WRONG    {describe(error).removeprefix(f'{Path(root)}{os.sep}')}", flush=True)
+        print(f"WRONG    {describe(error).removeprefix(f'{root}{os.sep}')}", flush=True)
         return False
     print(f"ok       {claim(check)}", flush=True)
     return True
 
 
 def claim(check: Callable[..., None]) -> str:
-    """Return what a check claims where it passes: its docstring's first line without "Check that".
-
-    Its name is returned where ``python -OO`` has removed the docstring.
-    """
+    """Return the first line of a check's docstring without "Check that"; under -OO its name."""
     line = (check.__doc__ or check.__name__).splitlines()[0]
     return line.removeprefix("Check that ").removesuffix(".")
 
 
 def check(folder: str | Path) -> bool:
-    """Check a run's test folder or the poster's folder; return whether no problem was found.
+    """Check a run's folder, its test folder or the poster's; return whether no problem was found.
 
-    `folder` may be a run's folder with a folder `test`. One line is printed per check, then what is
-    left out. MetricsError is raised where there is nothing to check.
+    MetricsError is raised where there is nothing to check.
     """
-    root = folder = Path(folder)
-    if (folder / "test").is_dir():
-        folder = folder / "test"
-    names = {path.name for path in folder.iterdir()}
-    if names & {"predictions.csv", "roc"}:
-        check_figures = check_tables
-        left_out = "labels and logits against the images and model.pt; poster.csv and run.json: "
-        left_out += "python reproduce.py --stage verify"
-    elif names & {"roc.csv", "auc.csv"}:
-        check_figures = check_poster
+    root = Path(folder)
+    folder = root / "test" if (root / "test").is_dir() else root
+    if (folder / "predictions.csv").exists():
+        check_metrics = check_tables
+        left_out = "what needs images, model.pt or run.json: python reproduce.py --stage verify"
+    elif (folder / "roc.csv").exists():
+        check_metrics = check_poster
         left_out = "history.csv and class names; all against the poster itself"
     else:
-        raise MetricsError(f"{folder}: neither a run's test folder nor the poster's")
-    passed = [passes(each, folder, root=root) for each in (check_figures, check_sums)]
+        raise MetricsError(f"{folder} has neither predictions.csv nor the poster's roc.csv")
+    passed = [passes(one, folder, root=root) for one in (check_metrics, check_sums)]
     print(f"left out {left_out}")
     print("nothing wrong in what was checked" if all(passed) else "something is WRONG", flush=True)
     return all(passed)
 
 
 # ---- figures -------------------------------------------------------------------------------------
-# Each is drawn from the files of a stage's folder, or of the folder with the poster's own results,
-# to STEM.png and STEM.svg, the same bytes each time; STEM's folder is made if it is missing.
-# `reference` is the poster's folder, whose curves are drawn over a run's. All raise ImportError
-# where matplotlib is missing.
+# Each function draws STEM.png and STEM.svg from files in `folder`, which is a stage's or the
+# poster's; the same files give the same bytes. STEM's folder is made if it is missing. `reference`
+# is the poster's folder: its curves are drawn over the run's. All raise ImportError where
+# matplotlib is missing.
 
 # Okabe & Ito, Color Universal Design, 2008: distinct for colour-blind readers and in grey print.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
@@ -627,28 +583,14 @@ _STYLE = {
 }
 
 
-def _import_matplotlib() -> None:
-    """Import matplotlib whatever backend MPLBACKEND names: a `Figure` is drawn without one.
-
-    Notebooks export MPLBACKEND to all processes, and where that backend is not installed the import
-    fails. One that is installed stays the caller's choice.
-    """
-    backend = os.environ.get("MPLBACKEND")
-    if "matplotlib" in sys.modules or not backend:
-        return
-    del os.environ["MPLBACKEND"]
-    try:
-        import matplotlib
-    finally:
-        os.environ["MPLBACKEND"] = backend
-    with contextlib.suppress(ValueError):
-        matplotlib.rcParams["backend"] = backend
-
-
 @contextlib.contextmanager
 def _figure(stem: str | Path, width: float, height: float, **grid: Any) -> Iterator[np.ndarray]:
-    """Yield the axes of a figure (inches), (panels,), then add the legend and write the files."""
-    _import_matplotlib()
+    """Yield the axes, (panels,), of a figure whose size is in inches; then write its files.
+
+    Where there are several labels, the figure gets a legend.
+    """
+    if "ipykernel" not in sys.modules:  # a notebook's backend may not be installed here
+        os.environ.pop("MPLBACKEND", None)
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -678,24 +620,23 @@ def _read_classes(folder: str | Path, width: int) -> tuple[list[str], np.ndarray
     """Return each class's title in lines of `width`, and its share of the test images."""
     names = read_column(Path(folder, "per_class.csv"), "name", str)
     support = read_confusion(folder).sum(axis=1)
-    if len(names) != len(support):
-        raise MetricsError(f"{folder}: per_class.csv and confusion.csv differ in their classes")
     return _titles(names, width), support / support.sum()
 
 
 def _read_roc(folder: str | Path) -> list[tuple[list[float], list[float], str]]:
-    """Return fpr, tpr and the AUC in words of each class."""
+    """Return fpr, tpr and the text of the AUC, for each class."""
+    curves = []
     path = Path(folder, "roc.csv")
     if path.exists():  # the poster's, which has no intervals
-        areas = enumerate(read_column(Path(folder, "auc.csv"), "auc"))
-        fpr = read_column(path, "fpr")
-        return [(fpr, read_column(path, f"tpr_{k}"), f"AUC {area:.3f}") for k, area in areas]
+        for k, area in enumerate(read_column(Path(folder, "auc.csv"), "auc")):
+            text = f"AUC {area:.3f}"
+            curves.append((read_column(path, "fpr"), read_column(path, f"tpr_{k}"), text))
+        return curves
     path = Path(folder, "roc", "auc.csv")
-    areas = zip(*(read_column(path, name) for name in ("auc", "auc_low", "auc_high")), strict=True)
-    curves = []
-    for k, (area, low, high) in enumerate([*areas][:-1]):  # the last is the mean over classes
+    areas, lows, highs = (read_column(path, name) for name in ("auc", "auc_low", "auc_high"))
+    for k in range(len(areas) - 1):  # the last row is the mean over classes
+        text = f"AUC {areas[k]:.3f}\n({lows[k]:.3f} to {highs[k]:.3f})"
         path = Path(folder, "roc", f"class_{k}.csv")
-        text = f"AUC {area:.3f}\n({low:.3f} to {high:.3f})"
         curves.append((read_column(path, "fpr"), read_column(path, "tpr"), text))
     return curves
 
@@ -728,8 +669,8 @@ def draw_roc(folder: str | Path, stem: str | Path, reference: str | Path | None 
     titles, ratios = _read_classes(folder, 23)
     curves = _read_roc(folder)
     poster = _read_roc(reference) if reference else curves
-    if not len(titles) == len(curves) == len(poster):
-        raise MetricsError(f"{folder}: per_class.csv, curves and reference differ in their classes")
+    if not len(titles) == len(ratios) == len(curves) == len(poster):
+        raise MetricsError(f"{folder}: names, counts, curves and reference differ in their classes")
     columns = min(len(curves), 4)
     rows = math.ceil(len(curves) / columns)
     size = 0.4 + 1.75 * columns, 0.6 + 1.95 * rows
@@ -775,30 +716,29 @@ def draw_search(folder: str | Path, stem: str | Path) -> None:
 
     The trial with the lowest loss after the most epochs is highlighted.
     """
-    path, trials = Path(folder, "tuning.jsonl"), {}
+    path = Path(folder, "tuning.jsonl")
+    trials = {}
     try:
-        lines = path.read_text("utf-8").split("\n")[:-1]  # a kill may have cut the last
-        for record in map(json.loads, lines):
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for record in records:
             if record["loss"] is not None:
-                point = float(record["resource"]), float(record["loss"])
-                trials.setdefault((record["bracket"], record["trial"]), []).append(point)
+                points = trials.setdefault((record["bracket"], record["trial"]), [])
+                points.append((float(record["resource"]), float(record["loss"])))
+        best = min(trials.values(), key=lambda points: (-points[-1][0], points[-1][1]))
     except (ValueError, TypeError, KeyError) as error:
-        raise MetricsError(f"{path}: not a log of trials ({error!r})") from None
-    if not trials:
-        raise MetricsError(f"{path}: no trial has a loss yet; let the search go on")
-    resources, losses = zip(*(point for trial in trials.values() for point in trial), strict=True)
-    ticks = sorted({*resources})
-    best = min(trials.values(), key=lambda trial: (-trial[-1][0], trial[-1][1]))
+        raise MetricsError(f"{path}: not a log of a search ({error!r})") from None
     with _figure(stem, 7.2, 3.9) as (axes,):
-        for trial in trials.values():
-            axes.plot(*zip(*trial, strict=True), "o-", color=_GREY, ms=3, lw=0.8, label="trial")
+        for points in trials.values():
+            axes.plot(*zip(*points, strict=True), "o-", color=_GREY, ms=3, lw=0.8, label="trial")
         axes.plot(*zip(*best, strict=True), "o-", color=_BLUE, ms=3, lw=2, label="lowest loss")
+        resources, losses = zip(*itertools.chain(*trials.values()), strict=True)
+        ticks = sorted({*resources})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         if max(losses) > 20 * min(losses):  # one that diverged would hide the others
             axes.set_yscale("log")
-        failed = len(lines) - len(losses)
+        failed = len(records) - len(losses)
         axes.set(xlabel=f"epochs (failed trials: {failed})", ylabel="validation loss")
 
 
@@ -862,14 +802,15 @@ def draw(folder: str | Path, reference: str | Path | None = None) -> list[str]:
     sources = {path.name: path for path in folder.iterdir() if path.is_dir()}
     if (folder / "roc.csv").exists():  # the poster's, whose files lie in no stage's folder
         sources = {"test": folder, "train": folder}
-    names = [name for name, (stage, _, _) in FIGURES.items() if stage in sources]
-    if not names:
+    drawn = []
+    for name, (stage, draw_figure, _) in FIGURES.items():
+        if stage in sources:
+            over = {"reference": reference} if name in ("roc", "history") else {}
+            draw_figure(sources[stage], folder / "figures" / name, **over)
+            drawn.append(name)
+    if not drawn:
         raise MetricsError(f"{folder}: neither a run's folder nor the poster's")
-    for name in names:
-        stage, draw_figure, _ = FIGURES[name]
-        over = {"reference": reference} if name in ("roc", "history") else {}
-        draw_figure(sources[stage], folder / "figures" / name, **over)
-    return names
+    return drawn
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -893,22 +834,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     with contextlib.suppress(AttributeError):  # stdout is closed, or a test's
         sys.stdout.reconfigure(errors="backslashreplace")
-    status = 0
     try:
         match words:
             case ["-h" | "--help"]:
-                print(__doc__)
+                print(__doc__ or "metrics.py predictions.csv")
             case ["check", folder]:
-                status = 0 if check(folder) else 1
+                return 0 if check(folder) else 1
             case ["spread", *paths] if paths:
                 print(csv_text(*spread(paths)), end="")
             case ["draw", folder] | ["draw", folder, "--reference", _]:
                 names = draw(folder, *words[3:])
                 print(f"PNG and SVG in {Path(folder, 'figures')}: {', '.join(names)}")
-            case ["check" | "spread" | "draw", *_] | [] | [_, _, *_]:
-                raise MetricsError("expected one of the command lines that --help shows")
-            case [path]:
+            case [path] if path not in ("check", "spread", "draw"):
                 _print_tables(path)
+            case _:
+                raise MetricsError("expected one of the command lines that --help shows")
         print(end="", flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -917,7 +857,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ and the settings in their public repository dw-dengwei/PML_coursework; NephNet2D
 al., Cytometry A 99(7):707-721, 2021, and the public code awoloshuk/NephNet.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -53,23 +51,6 @@ class CheckpointError(ModelError):
     """A training checkpoint cannot be read, or was made by another training."""
 
 
-@contextlib.contextmanager
-def _one_line_error(what: str, kind: type[ModelError] = ModelError) -> Iterator[None]:
-    """Raise `kind` instead of any error: damaged files raise more types than anyone can list."""
-    try:
-        yield
-    except FileNotFoundError:  # is one line, and names the file
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise kind(f"{what} ({reason})") from None
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
 @dataclass(frozen=True)
 class Hyperparameters:
     """Size of a network and settings of its training; by default the poster's printed values."""
@@ -86,29 +67,22 @@ class Hyperparameters:
     epochs: int = 100  # not printed, the axis of the curves
 
     def __post_init__(self) -> None:
-        types = {"int": int, "float": (int, float), "bool": bool}
         for field in fields(self):
             value = getattr(self, field.name)
-            is_bool = isinstance(value, bool)  # bool is a subclass of int
-            if is_bool != (field.type == "bool") or not isinstance(value, types[field.type]):
-                given = type(value).__name__
-                raise ModelError(f"{field.name} must be of type {field.type}, not {given}")
-        largest = sys.float_info.max
-        rules = {
-            "num_features must be at least 1": self.num_features >= 1,
-            "batch_size must be at least 1": self.batch_size >= 1,
-            "learning_rate must be positive and finite": 0 < self.learning_rate <= largest,
-            "weight_decay must be at least 0 and finite": 0 <= self.weight_decay <= largest,
-            "momentum must be in [0, 1)": 0 <= self.momentum < 1,
-            "nesterov must be False without momentum": self.momentum > 0 or not self.nesterov,
-            "dropout must be in [0, 1)": 0 <= self.dropout < 1,
-            "patience must be at least 0": self.patience >= 0,
-            "factor must be in (0, 1)": 0 < self.factor < 1,
-            "epochs must be at least 1": self.epochs >= 1,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise ModelError(f"{rule}, not {getattr(self, rule.split()[0])}")
+            accepted = (int, float) if field.type is float else (field.type,)
+            if type(value) not in accepted:  # no subclass: bool is one of int
+                types = f"{field.type.__name__}, not {type(value).__name__}"
+                raise ModelError(f"{field.name} must be of type {types}")
+            if not 0 <= value <= sys.float_info.max:
+                raise ModelError(f"{field.name} must be at least 0 and finite, not {value}")
+        for name in ("num_features", "batch_size", "learning_rate", "factor", "epochs"):
+            if getattr(self, name) == 0:
+                raise ModelError(f"{name} must be positive, not 0")
+        for name in ("momentum", "dropout", "factor"):
+            if getattr(self, name) >= 1:
+                raise ModelError(f"{name} must be below 1, not {getattr(self, name)}")
+        if self.nesterov and self.momentum == 0:
+            raise ModelError("nesterov must be False without momentum")
 
 
 POSTER = Hyperparameters()
@@ -117,17 +91,13 @@ AUTHORS = replace(POSTER, learning_rate=0.025336627337952815, weight_decay=0.004
 
 # ---- networks ------------------------------------------------------------------------------------
 
-PIXELS = ("raw", "stretched")  # stretched: each image's darkest value is 0, its brightest 255
-
 
 class PosterCNN(nn.Module):
     """The poster's network: eight convolutions f, f, f, 2f, 2f, 4f, 8f, 16f, two dense layers.
 
     `num_features` is f. `num_classes` is at least 2, `in_channels` 1 for gray images and 3 for RGB,
     `image_size` height and width in pixels, at least 8; `dropout`, in [0, 1), is the fraction of
-    the hidden layer's outputs dropped while training. All are in the attribute `config`. The
-    attribute `pixels`, which `load_network` sets, is "raw" or "stretched" as the images were that
-    the network was trained on.
+    the hidden layer's outputs dropped while training. All are in the attribute `config`.
 
     By default there are 250,904 parameters. The hidden dense layer and its dropout are in the
     authors' code; the figure leaves them out. PyTorch's defaults initialise the weights, as theirs.
@@ -135,17 +105,17 @@ class PosterCNN(nn.Module):
 
     widths = (1, 1, 1, 2, 2, 4, 8, 16)  # of the 3x3 convolutions, in num_features
     pooled = (4, 6, 7)  # the convolutions, counted from 1, that 2x2 average pooling follows
-    pixels = "raw"
+    pixels = "raw"  # of the images it was trained on, see `save_network`
 
     def __init__(self, num_features=8, num_classes=8, in_channels=1, image_size=28, dropout=0.5):
         super().__init__()
-        self.config = {
+        self.config = {  # without NumPy's numbers, which PyTorch saves but does not load
             "network": type(self).__name__,
-            "num_features": num_features,
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "image_size": image_size,
-            "dropout": dropout,
+            "num_features": int(num_features),
+            "num_classes": int(num_classes),
+            "in_channels": int(in_channels),
+            "image_size": int(image_size),
+            "dropout": float(dropout),
         }
         if image_size < 8:
             raise ModelError(f"images must be at least 8x8 pixels, not {image_size}x{image_size}")
@@ -155,8 +125,7 @@ class PosterCNN(nn.Module):
         for i, width in enumerate(self.widths, 1):
             outputs = width * num_features
             layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, **float32))  # (B, outputs, H, W)
-            layers.append(nn.BatchNorm2d(outputs, **float32))
-            layers.append(nn.ReLU(inplace=True))
+            layers += [nn.BatchNorm2d(outputs, **float32), nn.ReLU(inplace=True)]
             if i in self.pooled:
                 layers.append(nn.AvgPool2d(2))  # (B, outputs, H // 2, W // 2)
             inputs = outputs
@@ -218,6 +187,284 @@ def layer_table(network) -> list[tuple[str, tuple[int, ...], int, int]]:
     return rows
 
 
+# ---- training ------------------------------------------------------------------------------------
+
+
+class EpochRecord(NamedTuple):
+    """One epoch of a training history; losses are mean cross-entropies, accuracies in [0, 1]."""
+
+    epoch: int  # counted from 0, as in the authors' curves
+    learning_rate: float  # the one this epoch trained with
+    train_loss: float  # over the images as they were trained on, with dropout
+    valid_loss: float
+    train_accuracy: float  # over the images as they were trained on, with dropout
+    valid_accuracy: float
+    seconds: float  # wall time, validation included
+
+
+def fit(
+    network,
+    train_images,
+    train_labels,
+    valid_images,
+    valid_labels,
+    hyperparameters: Hyperparameters = POSTER,
+    *,
+    seed: int = 0,
+    device="auto",
+    precision="auto",
+    compile: str = "auto",
+    checkpoint: str | os.PathLike | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[EpochRecord]:
+    """Train `network` in place as the poster did; it ends with the last epoch's weights.
+
+    SGD on the mean cross-entropy under `torch.autocast`, with a `GradScaler` in fp16, and
+    ReduceLROnPlateau on the validation loss. The images stay uint8 on the device. All epochs are
+    returned, those of a checkpoint included.
+
+    Parameters
+    ----------
+    seed : int
+        Decides order and dropout, which start afresh from (seed, epoch) at every epoch.
+    compile : {"auto", "on", "off"}
+        As for `resolve_compile`. Without a C++ compiler it runs uncompiled, with a warning.
+    checkpoint : path, optional
+        Written after every epoch. If it exists, the training continues from it, perhaps for more
+        epochs than before, and ends as if it had never been interrupted. `network` must be given
+        as it was before its first epoch. If the checkpoint is damaged or of other images, labels,
+        weights or settings, a CheckpointError is raised.
+    on_epoch, on_batch : callable, optional
+        ``on_epoch(record)`` after every epoch that is trained here, not those of the checkpoint;
+        ``on_batch(epoch, images_done)`` after every training step.
+    """
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    config, h = network.config, hyperparameters
+    if (config["num_features"], config["dropout"]) != (h.num_features, h.dropout):
+        raise ModelError("num_features or dropout differ between network and hyperparameters")
+    images, labels = _to_device(config, device, train_images, train_labels)
+    valid = _to_device(config, device, valid_images, valid_labels)
+    n = len(images)
+    batch_size = min(n, h.batch_size)
+    if batch_size == 1 and config["image_size"] < 16:  # one number per channel after the poolings
+        raise ModelError("BatchNorm needs batches of 2 images, or images of at least 16x16 pixels")
+    if checkpoint:
+        _check_writable(checkpoint)
+
+    network.to(device).train()
+    rule = {"momentum": h.momentum, "nesterov": h.nesterov, "weight_decay": h.weight_decay}
+    optimizer = torch.optim.SGD(network.parameters(), h.learning_rate, **rule)
+    scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    compile = resolve_compile(compile, device, config, n, h.epochs)
+    example = images[:batch_size], labels[:batch_size]
+    forward, compiled = _training_forward(network, *example, precision, compile)
+
+    parts = [network, optimizer, scheduler, scaler]
+    history = []
+    if checkpoint:  # it must be of the same settings, images, labels and starting weights
+        fingerprint = [config, asdict(replace(h, epochs=1)), int(seed), precision, compiled]
+        tensors = [images, labels, *valid, *network.state_dict().values()]
+        fingerprint += [hashlib.sha256(t.cpu().contiguous().numpy()).hexdigest() for t in tensors]
+        history = _restore(checkpoint, fingerprint, parts, h.epochs)
+
+    for epoch in range(len(history), h.epochs):
+        started = time.perf_counter()
+        rate = optimizer.param_groups[0]["lr"]
+        loss_sum = correct = done = 0
+        network.train()
+        with _isolated(_epoch_seed(seed, epoch), device):
+            for batch in _epoch_batches(n, batch_size, device):  # (B,) int64, indices
+                with _autocast(device, precision):
+                    loss, hits = forward(images[batch], labels[batch])
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                loss_sum += loss.detach() * len(batch)  # on the device: reading it stalls a GPU
+                correct += hits
+                done += len(batch)
+                if on_batch:
+                    on_batch(epoch, done)
+
+        train_loss, train_accuracy = loss_sum.item() / n, correct.item() / n
+        valid_loss, valid_accuracy = evaluate(network, *valid, device=device, precision=precision)
+        if not np.isfinite(train_loss + valid_loss):
+            raise ModelError(f"epoch {epoch}: loss not finite, try a learning rate below {rate:g}")
+        scheduler.step(valid_loss)
+        figures = train_loss, valid_loss, train_accuracy, valid_accuracy
+        history.append(EpochRecord(epoch, rate, *figures, time.perf_counter() - started))
+
+        if checkpoint:
+            states = [part.state_dict() for part in parts]
+            records = [tuple(record) for record in history]
+            _save({"fingerprint": fingerprint, "history": records, "states": states}, checkpoint)
+        if on_epoch:
+            on_epoch(history[-1])
+    return history
+
+
+def _restore(path, fingerprint: list, parts: list, epochs: int) -> list[EpochRecord]:
+    """Load the parts' states from a checkpoint, if there is one; return its history."""
+    if not Path(path).exists():
+        return []
+    with _one_line_error(f"remove {path}: training cannot continue from it", CheckpointError):
+        content = _load(path)
+        if content["fingerprint"] != fingerprint:
+            raise ValueError("it is of other images, labels, starting weights or settings")
+        history = [EpochRecord(*record) for record in content["history"]]
+        if len(history) > epochs:
+            raise ValueError(f"it has {len(history)} epochs")
+        for part, state in zip(parts, content["states"], strict=True):
+            part.load_state_dict(state)
+        return history
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """Return a seed that a resumed training finds again."""
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _epoch_batches(n: int, batch_size: int, device: torch.device) -> list[Tensor]:
+    """Return the indices 0 to n - 1 in random order, by batches; the last one has what is left."""
+    batches = list(torch.randperm(n).to(device).split(batch_size))
+    if len(batches[-1]) == 1 < batch_size:  # BatchNorm cannot normalise a single image
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def learning_rates(hyperparameters: Hyperparameters, valid_losses: Iterable[float]) -> list[float]:
+    """Return the learning rate of each epoch of a training with these validation losses."""
+    h = hyperparameters
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=h.learning_rate)
+    scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
+    rates = []
+    for loss in valid_losses:
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(loss)
+    return rates
+
+
+COMPILE = ("auto", "on", "off")
+
+
+def resolve_compile(compile, device, network_config, num_images, epochs) -> str:
+    """Return whether `torch.compile` fuses the training step: ``on`` or ``off``.
+
+    It changes nothing beyond rounding. It takes 10 to 30 seconds and saves a third of the time on
+    two Xeon cores. So on a CPU ``auto`` is on from 3e12 forward multiply-accumulates of a whole
+    training, some minutes there. On a GPU it is off, because nobody has tried it on one.
+    """
+    _check_choice("compile", compile, COMPILE)
+    if compile != "auto":
+        return compile
+    macs = sum(row[3] for row in layer_table(build(network_config)))
+    return "on" if device.type == "cpu" and macs * num_images * epochs > 3e12 else "off"
+
+
+def _training_forward(network, images, labels, precision, compile):
+    """Return the function from a batch to (loss, number of hits), and whether it is compiled.
+
+    `images` and `labels` are one batch. The network gets the memory format that suits it.
+    """
+
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = network(_as_input(images))  # (B, num_classes)
+        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+
+    compiled = _compiled(forward, network, images, labels, precision) if compile == "on" else None
+    # Convolutions are fastest in channels-last everywhere, but PyTorch's own BatchNorm takes five
+    # times as long backwards in it where a CPU's threads share the work (two Xeon cores).
+    contiguous = not compiled and images.device.type == "cpu" and torch.get_num_threads() > 1
+    network.to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+    return compiled or forward, compiled is not None
+
+
+def _compiled(forward, network, images, labels, precision) -> Callable | None:
+    """Compile the forward pass for such a batch; return None, with a warning, where that fails."""
+    # With PyTorch's own random numbers: dropout draws what it would draw uncompiled.
+    options = {"fallback_random": True, "triton.cudagraphs": images.device.type == "cuda"}
+    is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if is_avx512 and precision == "fp32" and network.config["num_features"] % 16:
+        # The loops run along the channels. 8 of them fill half a register of 512 bits, which is
+        # loaded masked then: a step of the poster's network takes 1.4 times as long (Xeon).
+        options["cpp.simdlen"] = 256
+    torch.compiler.reset()  # else PyTorch stops compiling after some trainings in one process
+    network.to(memory_format=torch.channels_last)
+    before = copy.deepcopy(network.state_dict())
+    try:  # A step that changes nothing, so that what can fail fails here.
+        with warnings.catch_warnings(action="ignore"), _isolated(0, images.device):
+            compiled = torch.compile(forward, dynamic=False, options=options)
+            with _autocast(images.device, precision):
+                loss, _ = compiled(images, labels)
+            loss.backward()
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"torch.compile fails ({reason}); training runs uncompiled", stacklevel=4)
+        return None
+    finally:
+        network.load_state_dict(before)
+    # Another size would be compiled anew: the last batch runs as it is.
+    return lambda x, y: compiled(x, y) if len(x) == len(images) else forward(x, y)
+
+
+# ---- validation and prediction -------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _logits(network, images, precision) -> Iterator[Tensor]:
+    """Yield the logits of images on the network's device, (B, num_classes) float32, by batches."""
+    layers = []
+    for layer in [*network.eval().features, *network.classifier]:
+        if isinstance(layer, nn.BatchNorm2d):  # folded into the convolution before it
+            layers[-1] = nn.utils.fuse_conv_bn_eval(layers[-1], layer)
+        else:
+            layers.append(layer)
+    folded = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    # Enough to keep a CPU's cores busy, few enough that their feature maps stay in its caches; and
+    # on a GPU so many that starting the kernels takes less than they do.
+    for batch in images.split(128 if images.device.type == "cpu" else 4096):
+        with _autocast(images.device, precision):
+            logits = folded(_as_input(batch)).float()
+        yield logits
+
+
+def evaluate(network, images, labels, *, device="auto", precision="auto") -> tuple[float, float]:
+    """Return mean cross-entropy and accuracy as `fit` validates."""
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    images, labels = _to_device(network.config, device, images, labels)
+    loss_sum = correct = done = 0
+    for logits in _logits(network.to(device), images, precision):
+        target = labels[done : done + len(logits)]
+        # Python's sum is in float64, which not every device has. Reading a number stalls a GPU,
+        # but only once for 4096 images.
+        loss_sum += nn.functional.cross_entropy(logits, target, reduction="sum").item()
+        correct += (logits.argmax(1) == target).sum().item()
+        done += len(logits)
+    return loss_sum / done, correct / done
+
+
+def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
+    """Return logits, float32, (N, num_classes), on the CPU, in plain float32 as the authors tested.
+
+    `network` is left in evaluation mode. ``on_batch(images_done)`` is called after every batch.
+    """
+    device = resolve_device(device)
+    images, _ = _to_device(network.config, device, images)
+    parts = []
+    # cuDNN's default is to round the factors of float32 products to TF32, of 10 bits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for logits in _logits(network.to(device), images, "fp32"):
+            parts.append(logits)
+            if on_batch:
+                on_batch(sum(map(len, parts)))
+    return torch.cat(parts).cpu()
+
+
 # ---- device, precision, data ---------------------------------------------------------------------
 
 
@@ -264,11 +511,8 @@ _RANDOM_STATE = threading.RLock()
 @contextlib.contextmanager
 def _isolated(seed: int, device: torch.device) -> Iterator[None]:
     """Seed PyTorch and disable the caller's autocast; afterwards restore both."""
-    with (
-        _RANDOM_STATE,
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
-    ):
+    gpus = [device] if device.type == "cuda" else []
+    with _RANDOM_STATE, torch.random.fork_rng(gpus), torch.autocast(device.type, enabled=False):
         torch.manual_seed(seed)
         yield
 
@@ -331,277 +575,19 @@ def _as_input(images: Tensor) -> Tensor:  # (B, H, W) or (B, H, W, C) uint8
     return images.float().div_(255)  # (B, C, H, W); the poster's whole preprocessing
 
 
-# ---- training ------------------------------------------------------------------------------------
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ModelError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-class EpochRecord(NamedTuple):
-    """One epoch of a training history; losses are mean cross-entropies, accuracies in [0, 1]."""
-
-    epoch: int  # counted from 0, as in the authors' curves
-    learning_rate: float  # the one this epoch trained with
-    train_loss: float  # over the images as they were trained on, with dropout
-    valid_loss: float
-    train_accuracy: float  # over the images as they were trained on, with dropout
-    valid_accuracy: float
-    seconds: float  # wall time, validation included
-
-
-def fit(
-    network,
-    train_images,
-    train_labels,
-    valid_images,
-    valid_labels,
-    hyperparameters: Hyperparameters = POSTER,
-    *,
-    seed: int = 0,
-    device="auto",
-    precision="auto",
-    compile: str = "auto",
-    checkpoint: str | os.PathLike | None = None,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> list[EpochRecord]:
-    """Train `network` in place as the poster did; it ends with the last epoch's weights.
-
-    SGD on the mean cross-entropy under `torch.autocast`, with a `GradScaler` in fp16, and
-    ReduceLROnPlateau on the validation loss. The images stay uint8 on the device. All epochs are
-    returned, those of a checkpoint included.
-
-    Parameters
-    ----------
-    hyperparameters : Hyperparameters
-        Its `num_features` and `dropout` must be the network's.
-    seed : int
-        Decides order and dropout, which start afresh from (seed, epoch) at every epoch.
-    compile : {"auto", "on", "off"}
-        As for `resolve_compile`. Where compiling fails, perhaps for want of a C++ compiler, a
-        warning says so and the training runs uncompiled.
-    checkpoint : path, optional
-        Written after every epoch. If it exists, the training continues from it and ends as if it
-        had never been interrupted; `network` must be given as it was before its first epoch. If
-        it is damaged or of other images, labels, weights or settings, a CheckpointError is raised.
-        A finished training may continue for more epochs.
-    on_epoch, on_batch : callable, optional
-        ``on_epoch(record)`` after every epoch that is trained here, not those of the checkpoint;
-        ``on_batch(epoch, images_done)`` after every training step.
-    """
-    device = resolve_device(device)
-    precision = resolve_precision(precision, device)
-    config, h = network.config, hyperparameters
-    if (config["num_features"], config["dropout"]) != (h.num_features, h.dropout):
-        raise ModelError("num_features or dropout differ between network and hyperparameters")
-    images, labels = _to_device(config, device, train_images, train_labels)
-    valid = _to_device(config, device, valid_images, valid_labels)
-    n = len(images)
-    batch_size = min(n, h.batch_size)
-    if batch_size == 1 and config["image_size"] < 16:  # one number per channel after the poolings
-        raise ModelError("BatchNorm needs batches of 2 images, or images of at least 16x16 pixels")
-    if checkpoint is not None:
-        _check_writable(checkpoint)
-
-    network.to(device).train()
-    rule = {"momentum": h.momentum, "nesterov": h.nesterov, "weight_decay": h.weight_decay}
-    optimizer = torch.optim.SGD(network.parameters(), h.learning_rate, **rule)
-    scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    compile = resolve_compile(compile, device, config, n, h.epochs)
-    forward, compiled = _training_forward(network, images, labels, batch_size, precision, compile)
-
-    parts = [network, optimizer, scheduler, scaler]
-    history = []
-    if checkpoint is not None:
-        fingerprint = _fingerprint(network, images, labels, *valid, h, seed, precision, compiled)
-        if Path(checkpoint).exists():
-            history = _restore(checkpoint, fingerprint, parts, h.epochs)
-
-    for epoch in range(len(history), h.epochs):
-        started = time.perf_counter()
-        rate = optimizer.param_groups[0]["lr"]
-        loss_sum = correct = done = 0
-        network.train()
-        with _isolated(_epoch_seed(seed, epoch), device):
-            for batch in _epoch_batches(n, batch_size, device):  # (B,) int64, indices
-                loss, hits = forward(images[batch], labels[batch])
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                loss_sum += loss.detach() * len(batch)  # on the device: reading it stalls a GPU
-                correct += hits
-                done += len(batch)
-                if on_batch:
-                    on_batch(epoch, done)
-        train_loss, train_accuracy = loss_sum.item() / n, correct.item() / n
-        valid_loss, valid_accuracy = evaluate(network, *valid, device=device, precision=precision)
-        if not np.isfinite(train_loss + valid_loss):
-            raise ModelError(f"epoch {epoch}: loss not finite, try a learning rate below {rate:g}")
-        scheduler.step(valid_loss)
-        figures = train_loss, valid_loss, train_accuracy, valid_accuracy
-        history.append(EpochRecord(epoch, rate, *figures, time.perf_counter() - started))
-        if checkpoint is not None:
-            states = [part.state_dict() for part in parts]
-            records = [tuple(record) for record in history]
-            _save({"fingerprint": fingerprint, "history": records, "states": states}, checkpoint)
-        if on_epoch:
-            on_epoch(history[-1])
-    return history
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """Return a seed that a resumed training finds again."""
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
-
-
-def _epoch_batches(n: int, batch_size: int, device: torch.device) -> list[Tensor]:
-    """Return the indices of n images in random order, by batches, of which the last is smaller."""
-    batches = list(torch.randperm(n).to(device).split(batch_size))
-    if len(batches[-1]) == 1 < batch_size:  # BatchNorm cannot normalise a single image
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
-def learning_rates(hyperparameters: Hyperparameters, valid_losses: Iterable[float]) -> list[float]:
-    """Return the learning rate of each epoch of a training with these validation losses."""
-    h = hyperparameters
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=h.learning_rate)
-    scheduler = ReduceLROnPlateau(optimizer, factor=h.factor, patience=h.patience)
-    rates = []
-    for loss in valid_losses:
-        rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(loss)
-    return rates
-
-
-# ---- compiling -----------------------------------------------------------------------------------
-
-COMPILE = ("auto", "on", "off")
-
-
-def resolve_compile(compile, device, network_config, num_images, epochs) -> str:
-    """Return whether `torch.compile` fuses the training step: ``on`` or ``off``.
-
-    It changes nothing beyond rounding. It takes 10 to 30 seconds and saves a third of the time on
-    two Xeon cores. So on a CPU ``auto`` is on from 3e12 forward multiply-accumulates of a whole
-    training, some minutes there. On a GPU it is off, because nobody has tried it on one.
-    """
-    _check_choice("compile", compile, COMPILE)
-    if compile != "auto":
-        return compile
-    macs = sum(row[3] for row in layer_table(build(network_config)))
-    return "on" if device.type == "cpu" and macs * num_images * epochs > 3e12 else "off"
-
-
-def _training_forward(network, images, labels, batch_size, precision, compile):
-    """Return a batch's forward pass, to (loss, number of hits), and whether it is compiled.
-
-    The network gets the memory format that suits it.
-    """
-    device = images.device
-
-    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = network(_as_input(images))  # (B, num_classes)
-        return nn.functional.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
-
-    example = images[:batch_size], labels[:batch_size]
-    compiled = _compiled(forward, network, *example, precision) if compile == "on" else None
-    # Convolutions are fastest in channels-last everywhere, but PyTorch's own BatchNorm takes five
-    # times as long backwards in it where a CPU's threads share the work (two Xeon cores).
-    contiguous = compiled is None and device.type == "cpu" and torch.get_num_threads() > 1
-    network.to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
-
-    def autocast_forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # Another size would be compiled anew: the last batch runs as it is.
-        function = compiled if compiled and len(images) == batch_size else forward
-        with _autocast(device, precision):
-            return function(images, labels)
-
-    return autocast_forward, compiled is not None
-
-
-def _compiled(forward, network, images, labels, precision) -> Callable | None:
-    """Compile the forward pass for such a batch; return None, with a warning, where that fails."""
-    # With PyTorch's own random numbers: dropout draws what it would draw uncompiled.
-    options = {"fallback_random": True, "triton.cudagraphs": images.device.type == "cuda"}
-    is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if is_avx512 and precision == "fp32" and network.config["num_features"] % 16:
-        # The loops run along the channels. 8 of them fill half a register of 512 bits, which is
-        # loaded masked then: a step of the poster's network takes 1.4 times as long (Xeon).
-        options["cpp.simdlen"] = 256
-    torch.compiler.reset()  # else PyTorch stops compiling after some trainings in one process
-    network.to(memory_format=torch.channels_last)
-    before = copy.deepcopy(network.state_dict())
-    try:  # A step that changes nothing, so that what can fail fails here.
-        with (
-            _one_line_error("torch.compile fails here"),
-            warnings.catch_warnings(action="ignore"),
-            _isolated(0, images.device),
-        ):
-            compiled = torch.compile(forward, dynamic=False, options=options)
-            with _autocast(images.device, precision):
-                loss, _ = compiled(images, labels)
-            loss.backward()
-            return compiled
-    except (ModelError, OSError) as error:
-        warnings.warn(f"{error}; training runs uncompiled", stacklevel=4)
-        return None
-    finally:
-        network.load_state_dict(before)
-
-
-# ---- validation and prediction -------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def _logits(network, images, precision) -> Iterator[Tensor]:
-    """Yield the logits of images on the network's device, (B, num_classes) float32, by batches."""
-    layers = []
-    for layer in [*network.eval().features, *network.classifier]:
-        if isinstance(layer, nn.BatchNorm2d):  # folded into the convolution before it
-            layers[-1] = nn.utils.fuse_conv_bn_eval(layers[-1], layer)
-        else:
-            layers.append(layer)
-    folded = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-    # Enough to keep a CPU's cores busy, few enough that their feature maps stay in its caches; and
-    # on a GPU so many that starting the kernels takes less than they do.
-    for batch in images.split(128 if images.device.type == "cpu" else 4096):
-        with _autocast(images.device, precision):
-            logits = folded(_as_input(batch)).float()
-        yield logits
-
-
-def evaluate(network, images, labels, *, device="auto", precision="auto") -> tuple[float, float]:
-    """Return mean cross-entropy and accuracy as `fit` validates."""
-    device = resolve_device(device)
-    precision = resolve_precision(precision, device)
-    images, labels = _to_device(network.config, device, images, labels)
-    loss_sum = correct = done = 0
-    for logits in _logits(network.to(device), images, precision):
-        target = labels[done : done + len(logits)]
-        # Python's sum is in float64, which not every device has. Reading a number stalls a GPU,
-        # but only once for 4096 images.
-        loss_sum += nn.functional.cross_entropy(logits, target, reduction="sum").item()
-        correct += (logits.argmax(1) == target).sum().item()
-        done += len(logits)
-    return loss_sum / done, correct / done
-
-
-def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
-    """Return logits, float32, (N, num_classes), on the CPU, in plain float32 as the authors tested.
-
-    `network` is left in evaluation mode. ``on_batch(images_done)`` is called after every batch.
-    """
-    device = resolve_device(device)
-    images, _ = _to_device(network.config, device, images)
-    parts = []
-    # cuDNN's default is to round the factors of float32 products to TF32, of 10 bits.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for logits in _logits(network.to(device), images, "fp32"):
-            parts.append(logits)
-            if on_batch:
-                on_batch(sum(map(len, parts)))
-    return torch.cat(parts).cpu()
+@contextlib.contextmanager
+def _one_line_error(what: str, kind: type[ModelError] = ModelError) -> Iterator[None]:
+    """Raise `kind` instead of any error: damaged files raise more types than anyone can list."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise kind(f"{what} ({reason})") from None
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -610,65 +596,22 @@ def predict(network, images, *, device="auto", on_batch=None) -> Tensor:
 def save_network(network: PosterCNN, path: str | os.PathLike, pixels: str | None = None) -> None:
     """Write weights, `config` and `pixels` to `path`; the same network is the same bytes.
 
-    `pixels` is "raw" or "stretched", as the training images were; by default the network's own.
+    `pixels` is "raw", or "stretched" if each training image's darkest value was moved to 0 and its
+    brightest to 255. By default it is the network's own, which `load_network` sets.
     """
     pixels = pixels or network.pixels
-    _check_choice("pixels", pixels, PIXELS)
+    _check_choice("pixels", pixels, ("raw", "stretched"))
     _save({"config": network.config, "pixels": pixels, "network": network.state_dict()}, path)
 
 
 def load_network(path: str | os.PathLike) -> PosterCNN:
-    """Return a network that `save_network` wrote, on the CPU; no code in the file is run.
-
-    It must be given such images, "raw" or "stretched", as its attribute `pixels` says.
-    """
+    """Return a network that `save_network` wrote, on the CPU; no code in the file is run."""
     with _one_line_error(f"{path} is no saved network"):
         content = _load(path)
         network = build(content["config"])
         network.load_state_dict(content["network"])
         network.pixels = content["pixels"]
-    return network
-
-
-def _fingerprint(
-    network, train_images, train_labels, valid_images, valid_labels, h, seed, precision, compiled
-) -> dict[str, Any]:
-    """Return what a checkpoint and the training that continues from it must have in common."""
-    return {
-        "network": network.config,
-        "starting weights": _sha256(*network.state_dict().values()),
-        "training images": _sha256(train_images),
-        "training labels": _sha256(train_labels),
-        "validation images": _sha256(valid_images),
-        "validation labels": _sha256(valid_labels),
-        "hyperparameters": asdict(replace(h, epochs=1)),  # more epochs may follow
-        "seed": seed,
-        "precision": precision,
-        "compiling": compiled,
-    }
-
-
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def _restore(path, fingerprint: dict, parts: list, epochs: int) -> list[EpochRecord]:
-    """Load the states of a checkpoint of this very training; return its history."""
-    with _one_line_error(f"remove {path}: training cannot continue from it", CheckpointError):
-        content = _load(path)
-        saved = content["fingerprint"]
-        others = [name for name in fingerprint if saved[name] != fingerprint[name]]
-        if others:
-            raise ValueError(f"it is of other {', '.join(others)}")
-        history = [EpochRecord(*record) for record in content["history"]]
-        if len(history) > epochs:
-            raise ValueError(f"it has {len(history)} epochs")
-        for part, state in zip(parts, content["states"], strict=True):
-            part.load_state_dict(state)
-    return history
+        return network
 
 
 def _save(content: dict[str, Any], path: str | os.PathLike) -> None:
@@ -676,13 +619,6 @@ def _save(content: dict[str, Any], path: str | os.PathLike) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     _write(buffer.getvalue(), path)
-
-
-def _check_writable(path: str | os.PathLike) -> None:
-    """Raise a ModelError if `_write` could not write there, before the work instead of after it."""
-    path = Path(path).absolute()
-    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-        raise ModelError(f"cannot write {path}: no such folder, or not a regular file")
 
 
 def _write(content: bytes, path: str | os.PathLike) -> None:
@@ -697,12 +633,17 @@ def _write(content: bytes, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _check_writable(path: str | os.PathLike) -> None:
+    """Raise an error before the work if `_write` would fail after it."""
+    path = Path(path)
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise ModelError(f"cannot write {path}: no such folder, or not a regular file")
+
+
 def _load(path: str | os.PathLike) -> Any:
     with zipfile.ZipFile(path) as archive:
-        # torch.load does not notice flipped bits; the archive's checksums do.
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
+        if archive.testzip():  # torch.load does not compare the archive's checksums
+            raise ValueError("it is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -711,16 +652,33 @@ def _load(path: str | os.PathLike) -> Any:
 
 def _layers_text(network: PosterCNN) -> str:
     rows = layer_table(network)
-    parameters = sum(row[2] for row in rows)
-    macs = sum(row[3] for row in rows)
     lines = [
-        f"{type(network).__name__}: {parameters:,} parameters, "
-        f"{macs:,} multiply-accumulates (MACs) per image",
+        f"{type(network).__name__}: {sum(row[2] for row in rows):,} parameters, "
+        f"{sum(row[3] for row in rows):,} multiply-accumulates (MACs) per image",
         f"{'layer':<12}{'output':>10}{'parameters':>12}{'MACs':>10}",
     ]
     for name, shape, parameters, macs in rows:
         lines.append(f"{name:<12}{'x'.join(map(str, shape)):>10}{parameters:>12,}{macs:>10,}")
     return "\n".join(lines)
+
+
+def _apply(model: str, images_path: str, output: str, device: str) -> str:
+    """Write the classes and softmax probabilities of unlabelled images; return what was done."""
+    _check_writable(output)
+    network = load_network(model)
+    with _one_line_error(f"{images_path} is no npz of test_images or images"):
+        archive = np.load(images_path, allow_pickle=False)
+        images = archive["test_images" if "test_images" in archive else "images"]
+    images, _ = _to_device(network.config, resolve_device(device), images)
+    if network.pixels == "stretched":
+        images = _stretch(images)
+    logits = predict(network, images, device=device).double()  # (N, num_classes)
+    columns = [np.arange(len(logits)), logits.argmax(1), logits.softmax(1)]
+    header = ",".join(["id,predicted", *(f"probability_{k}" for k in range(logits.shape[1]))])
+    text = io.BytesIO()
+    np.savetxt(text, np.column_stack(columns), "%.9g", ",", header=header, comments="")
+    _write(text.getvalue(), output)
+    return f"wrote {output}: {len(images):,} images"
 
 
 def _stretch(images: Tensor) -> Tensor:  # (N, ...) uint8
@@ -731,41 +689,10 @@ def _stretch(images: Tensor) -> Tensor:  # (N, ...) uint8
     return torch.where(high > low, stretched, values).view_as(images).to(torch.uint8)
 
 
-def _apply(model: str, images_path: str, output: str, device: str) -> str:
-    """Write the classes and softmax probabilities of unlabelled images; return what was done."""
-    _check_writable(output)
-    network = load_network(model)
-    with (
-        _one_line_error(f"{images_path} is no npz of test_images or images"),
-        np.load(images_path, allow_pickle=False) as archive,
-    ):
-        images = archive["test_images" if "test_images" in archive else "images"]
-    images, _ = _to_device(network.config, resolve_device(device), images)
-    if network.pixels == "stretched":
-        images = _stretch(images)
-    logits = predict(network, images, device=device).double()  # (N, num_classes)
-    columns = [np.arange(len(logits)), logits.argmax(1), logits.softmax(1)]
-    names = [f"probability_{k}" for k in range(logits.shape[1])]
-    header = ",".join(["id", "predicted", *names])
-    text = io.BytesIO()
-    np.savetxt(text, np.column_stack(columns), "%.9g", ",", header=header, comments="")
-    _write(text.getvalue(), output)
-    return f"wrote {output}: {len(images):,} images"
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except OSError:  # at exit, Python would fail again on what is left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a network's layers, or apply a saved network; 0 done, 2 refused, 130 interrupted."""
-    about = "Print a network's layers, or apply a saved network."
-    parser = argparse.ArgumentParser("model.py", description=about, allow_abbrev=False)
-    parser.add_argument("--network", choices=NETWORKS, default="PosterCNN")
+    parser = argparse.ArgumentParser("model.py", allow_abbrev=False)
+    parser.add_argument("--network", choices=NETWORKS, default="PosterCNN", help="to print")
     commands = parser.add_subparsers(dest="command")
     apply = commands.add_parser("apply", help="to images, into a CSV", allow_abbrev=False)
     apply.add_argument("model", metavar="MODEL.pt", help="written by save_network")
@@ -780,10 +707,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = _apply(options.model, options.images, options.output, options.device)
         else:
             text = _layers_text(NETWORKS[options.network]())
-        _print(text)
-    except BrokenPipeError:  # `| head` has read enough
-        return 0
+        print(text, flush=True)
     except (ModelError, OSError) as error:
+        if isinstance(error, OSError):  # perhaps of stdout, which Python flushes at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough
+            return 0
         print(f"model.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

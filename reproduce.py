@@ -109,20 +109,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: print(f"NOTE: {message}", file=sys.stderr)
             return 0 if reproduce(parse(argv)) else 1
     except KeyboardInterrupt:
-        print("\nreproduce.py: interrupted; the same command goes on", file=sys.stderr)
+        if sys.stdout is not None and sys.stdout.isatty():
+            print()  # Ends the line of a progress bar.
+        print("reproduce.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # The reader of our output has ended, as in `| head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its exit.
-    except (*ERRORS, model.torch.OutOfMemoryError) as error:
+    except (MemoryError, model.torch.OutOfMemoryError) as error:
+        print(f"reproduce.py: error: out of memory ({error!s:.100})", file=sys.stderr)
+    except ERRORS as error:
         print(f"reproduce.py: error: {metrics.describe(error)}", file=sys.stderr)
     return 2
 
 
 def reproduce(options: Namespace) -> bool:
     """Do the stages that the command names, in order; return whether verify finds no fault."""
-    run = open_run(options)
     if options.stage == ["verify"]:
-        return verify(run)
+        return verify(open_finished(options))
+    run = open_run(options)
     announce(run, options)
     run.folder.mkdir(parents=True, exist_ok=True)
     with locked(run.folder):
@@ -634,23 +638,22 @@ def once(run: Run, stage: Callable, settings: dict[str, Any]) -> None:
 
 def open_run(options: Namespace) -> Run:
     """Settle folder, images and split; what the folder was made with is the default."""
-    stages, is_verify, images = {*options.stage}, options.stage == ["verify"], None
-    folder = Path(options.results).expanduser() if options.results else default_folder(options)
-    if folder is None:
-        images = load_images(options, {})
-        folder = Path("results", images.name)
-    has_run = any(stage_folder(folder, stage) for stage in STAGES)
-    if not has_run and not stages & {"tune", "train", "compare"}:
+    folder, images = find_folder(options)
+    known = next((record["data"] for record in read_records(folder).values()), {})
+    if not known and not begins_run(options):
         raise RunError(f"{folder} holds no run: do --stage all first, or name its --results")
-    records = read_records(folder, skip_damaged=is_verify)
-    known = next((record["data"] for record in records.values()), {})
-    if images is None and stages & {*STAGES, "verify"}:
-        images = load_images(options, known)
+    if images is None and {*STAGES} & {*options.stage}:
+        source = named_data(options) or known.get("source", "auto")
+        try:
+            images = load_images(source, options)
+        except data.DataError as error:
+            advice = "" if named_data(options) else "; give its new place by --data"
+            raise RunError(f"{error}{advice}") from None
     device = model.resolve_device(options.device or "auto")
     # A container may use some of the cores only. A GPU is fastest with one trial at a time.
     workers = options.workers or (joblib.cpu_count() if device.type == "cpu" else 1)
     run = Run(folder, known, images, device, workers, options.dask)
-    if images is not None and not is_verify:
+    if images is not None:
         about = {name: known.get(name, default) for name, default in DATA_DEFAULTS.items()}
         about |= {n: getattr(options, n) for n in about if getattr(options, n) is not None}
         if about["split"] == "official" and options.split_seed is not None:
@@ -660,36 +663,51 @@ def open_run(options: Namespace) -> Run:
     return run
 
 
-def default_folder(options: Namespace) -> Path | None:
-    """Return the folder that is meant without --results; None where it is named after the data."""
-    if options.data not in (None, "auto") or {"tune", "train", "compare"} & {*options.stage}:
-        return None
+def open_finished(options: Namespace) -> Run:
+    """Settle the folder to verify, and its images if they are here or --data names them."""
+    folder, images = find_folder(options)
+    if not any((folder / stage).exists() for stage in STAGES):
+        raise RunError(f"{folder} holds no finished stage: name the --results of a run")
+    records = read_records(folder, skip_damaged=True)
+    known = next((record["data"] for record in records.values()), {})
+    if images is None and named_data(options):
+        images = load_images(options.data, options)
+    elif images is None and known:
+        with contextlib.suppress(data.DataError):
+            images = data.load(known["source"], options.root, download=False)
+    return Run(folder, known, images, model.resolve_device(options.device or "auto"), 1, None)
+
+
+def find_folder(options: Namespace) -> tuple[Path, data.ImageData | None]:
+    """Return the run's folder, and the images where it is named after them."""
+    if options.results:
+        return Path(options.results).expanduser(), None
+    if named_data(options) or begins_run(options):
+        images = load_images(options.data or "auto", options)
+        return Path("results", images.name), images
     places = [Path("results", name) for name in ("tissuemnist", "digits")]
-    return next((place for place in places if read_records(place)), places[0])
+    return next((place for place in places if read_records(place)), places[0]), None
 
 
-def load_images(options: Namespace, known: dict[str, Any]) -> data.ImageData | None:
-    """Load the images that the command names, else those that the folder was made from.
+def named_data(options: Namespace) -> str | None:
+    """Return the data that the command names, if it does."""
+    return None if options.data == "auto" else options.data
 
-    To verify, images that are not here are None: the checks that need them are left out.
-    """
+
+def begins_run(options: Namespace) -> bool:
+    """Return whether the command has a stage that needs no other one before it."""
+    return bool({"tune", "train", "compare"} & {*options.stage})
+
+
+def load_images(source: str, options: Namespace) -> data.ImageData:
+    """Load images, with a progress bar where they are downloaded."""
     progress = Progress("data", 1)
 
     def show(done: int, total: int) -> None:
         text = f"{done / 1e6:.0f} of {total / 1e6:.0f} MB"
         progress.show(done / max(total, 1), text, is_step=done == total)
 
-    is_verify = options.stage == ["verify"]
-    if is_verify and not known:
-        return None
-    if options.data not in (None, "auto") or not known:
-        return data.load(options.data or "auto", options.root, progress=show)
-    try:
-        return data.load(known["source"], options.root, not is_verify, show)
-    except data.DataError as error:
-        if is_verify:
-            return None
-        raise RunError(f"{error}; give the new place of the folder's data by --data") from None
+    return data.load(source, options.root, progress=show)
 
 
 def describe_data(run: Run) -> dict[str, Any]:
@@ -815,12 +833,18 @@ def read_records(folder: Path, skip_damaged: bool = False) -> dict[str, dict[str
         path = place / "run.json"
         try:
             record = json.loads(path.read_bytes())
+            settings = record["settings"]
             is_whole = (
                 [*record["data"]] == KEYS["data"]
-                and [*record["settings"]] == KEYS[stage]
+                and record["data"]["split"] in ("poster", "official")
+                and [*settings] == KEYS[stage]
                 and record["environments"][-1]["device"]
                 and record.get("seconds", place.suffix == ".part") > 0
             )
+            if "schedule" in settings:
+                read_schedule(settings["schedule"])
+            if "epochs" in settings:
+                hyperparameters_of(settings)
         except FileNotFoundError:
             raise RunError(f"{place} has no run.json, so it is not ours: move it away") from None
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -919,7 +943,7 @@ def write_report(run: Run) -> None:
 def report_text(folder: Path, pictures: Sequence[str]) -> str:
     """Return the text of report.md, which follows from the stages' folders and shows `pictures`."""
     records = finished_records(folder)
-    about = next(record["data"] for record in records.values())
+    about = next(iter(read_records(folder).values()))["data"]
     parts = [f"# {about['name']}: a run of the poster's chain", f"{description(about)}."]
     for name, title in (
         ("test/table.csv", "Results (95 % intervals: bootstrap over the test images)"),

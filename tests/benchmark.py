@@ -8,6 +8,7 @@ and of the ratios. Where compiling fails, a warning on stderr says that a row is
 
 import argparse
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -155,10 +156,14 @@ def search(options):
     cores = joblib.cpu_count()  # of a container's, those it may use
     with tempfile.TemporaryDirectory() as folder:
         save_random(Path(folder, "random.npz"), 300, size=16)
-        words = "--stage tune --overwrite --device cpu --data random.npz --results run --workers"
-        command = [sys.executable, reproduce.__file__, *words.split()]
-        tune = partial(subprocess.run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        calls = [partial(tune, command + w) for w in ([str(cores)], ["1"], ["1", "--retrain"])]
+        command = [sys.executable, reproduce.__file__, "--stage", "tune", "--device", "cpu"]
+        command += ["--data", "random.npz", "--results", "run", "--workers"]
+
+        def tune(*words):
+            subprocess.run([*command, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            shutil.rmtree(Path(folder, "run"))  # a finished search is not done again
+
+        calls = [partial(tune, str(cores)), partial(tune, "1"), partial(tune, "1", "--retrain")]
         ours, one, again = pair(options, *calls)
     what = "the poster's search on 300 images of 16x16: "
     print_row(f"{what}one worker / {cores}", ours, one)
@@ -169,14 +174,14 @@ def test(options):
     rng, labels = np.random.RandomState(0), np.arange(50_000) % 8
     logits = (rng.randn(50_000, 8) + np.eye(8)[labels]).astype(np.float32)
     predicted = logits.argmax(1)
-    predictions = metrics.Predictions(np.arange(50_000), labels, predicted, logits)
+    ids = np.array([f"{i:016x}" for i in range(50_000)])
+    predictions = metrics.Predictions(ids, labels, predicted, logits)
     matrix = metrics.confusion(labels, predicted, 8)
-    about = {"md5": "", "split": "poster", "class_names": [*"01234567"], "test_counts": [6250] * 8}
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "predictions.csv").write_text(metrics.predictions_text(predictions))
-            for name, table in reproduce.derived(predictions, about).items():
+            for name, table in metrics.tables(predictions, "01234567").items():
                 Path(folder, Path(name).name).write_text(metrics.csv_text(*table))
 
     def theirs():
@@ -221,22 +226,34 @@ def gpu(options):
         print(f"| the poster's 100 epochs of 120,000 + 30,000 | {took:.4g} |  |  |")
 
 
-def main():
-    rows = {"step": step, "epoch": epoch, "predict": predict, "search": search, "metrics": test}
-    rows |= {"data": load, "gpu": gpu}
+ROWS = {"step": step, "epoch": epoch, "predict": predict, "search": search, "metrics": test}
+ROWS |= {"data": load, "gpu": gpu}
+
+
+def parse(argv):
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("rows", nargs="*", choices=rows, metavar="ROW", help=", ".join(rows))
+    # Not by `choices`: Python 3.11 looks for the empty list of no ROW in them.
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--precision", choices=model.PRECISIONS, default="auto")
     parser.add_argument("--pairs", type=int, default=5, help="default: 5", metavar="N")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    for name in options.rows:
+        if name not in ROWS:
+            parser.error(f"no row {name!r}: choose from {', '.join(ROWS)}")
+    return options
+
+
+def main():
+    options = parse(None)
     options.device = model.resolve_device()
     options.precision = model.resolve_precision(options.precision, options.device)
     where = [f"{key.replace('_', ' ')} {value}" for key, value in model.environment().items()]
     print(f"Measured in {options.precision} on {joblib.cpu_count()} CPU cores; {', '.join(where)}.")
     print("\n| what | ours, s | theirs, s | ratio (median, lowest to highest) |")
     print("| --- | ---: | ---: | ---: |", flush=True)
-    for name in options.rows or rows:
-        rows[name](options)
+    for name in options.rows or ROWS:
+        ROWS[name](options)
 
 
 if __name__ == "__main__":

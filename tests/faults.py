@@ -1,14 +1,12 @@
-"""Kill runs and damage files at random, and see that nothing wrong comes of it.
+"""Kill runs and damage files at random, and check that nothing wrong comes of it.
 
     python tests/faults.py --kills 100 --files 1000 --seed 0
 
-Kills: each round runs ``reproduce.py --stage all`` on tiny images, kills it with SIGKILL after a
-random time or right before or after a random file is moved into place, and gives the command again
-until it ends. The folder must then hold what a run without kills leaves, wall times aside.
-
-Damage: a file of a finished folder, of one that was interrupted, or the data file is changed at a
-random place. A command must then end with status 2 and one line, or with the results of the
-undamaged folder; and verify must name a changed file of a finished folder. Not on Windows.
+Kills: ``reproduce.py --stage all`` is killed after a random time, or where it moves a random file
+or stage folder into place, and given again until it ends. What it leaves must be what a run without
+kills leaves. Damage: a random place of a finished run, of an interrupted one, or of the data file
+is changed. A command must then be refused in one line, or leave what it would have left, or its
+verify must name the file. Not on Windows.
 """
 
 import argparse
@@ -33,35 +31,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import reproduce
 
-CHAIN = ["--data", "tiny.npz", "--epochs", "6", "--schedule", "hyperband", "--max-resource", "3"]
-CHAIN += ["--workers", "1", "--precision", "fp32", "--results"]
+# Every setting is given, so that a damaged run.json decides none.
+CHAIN = "--data tiny.npz --split poster --split-seed 0 --pixels stretched --schedule 3,3 --seed 0 "
+CHAIN += "--hyperparameters poster --epochs 6 --compile off --precision fp32 --workers 1 --results"
+CHAIN = CHAIN.split()
 VERIFY = ["--stage", "verify", "--results"]
+# Where files have wall times, environments and commits.
+VARYING = {"run.json": '(?s)"environments": .*', "tuning.jsonl": '"seconds": [^,}]+'}
+VARYING |= {"history.csv": "(?m),[^,\n]*$", "report.md": "(?s)## Environments.*"}
 
 
-def write_tiny(path: Path, size: int = 8) -> None:
-    """Write an npz in MedMNIST's layout whose three classes differ in where a bar stands."""
-    rng = np.random.RandomState(0)
+def save_npz(path: Path, images: np.ndarray, labels: np.ndarray, ends: list[int]) -> None:
+    """Write images in MedMNIST's layout; `ends` are those of the train and validation images."""
     arrays = {}
-    for name, n in {"train": 48, "val": 16, "test": 24}.items():
-        labels = np.arange(n) % 3
-        images = rng.randint(0, 80, (n, size, size)).astype(np.uint8)
-        images[np.arange(n), 2 + 2 * labels] += 120
-        arrays |= {f"{name}_images": images, f"{name}_labels": labels[:, None].astype(np.uint8)}
+    for i, part in enumerate(("train", "val", "test")):
+        arrays[f"{part}_images"] = np.split(images, ends)[i]
+        arrays[f"{part}_labels"] = np.split(labels, ends)[i]
     np.savez(path, **arrays)
 
 
+def write_tiny(path: Path, num_classes: int = 3, num_images: int = 88) -> None:
+    """Write an npz of 8x8 pixels whose classes differ in which row of pixels is bright."""
+    labels = np.arange(num_images) % num_classes
+    images = np.random.RandomState(0).randint(0, 80, (num_images, 8, 8)).astype(np.uint8)
+    images[np.arange(num_images), labels] += 120
+    save_npz(path, images, labels, ends=[48, 64])
+
+
 def contents(folder: Path) -> dict[str, str]:
-    """Read every file of a results folder, without seconds and what follows from them."""
-    varies = {"history.csv": ",[^,\n]*$", "report.md": r"\| (seconds|git_commit) .*|[- ]+"}
-    varies |= dict.fromkeys(("run.json", "tuning.jsonl"), '"(seconds|git_commit)": [^,}]+')
-    read = {}
+    """Read every file of a results folder but SHA256SUMS, without what is VARYING."""
+    texts = {}
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "SHA256SUMS":
             text = path.read_bytes().decode("latin-1")
-            if path.name in varies:
-                text = re.sub(varies[path.name], "", text, flags=re.MULTILINE)
-            read[path.relative_to(folder).as_posix()] = text
-    return read
+            name = path.relative_to(folder).as_posix()
+            texts[name] = re.sub(VARYING.get(path.name, "$^"), "", text)
+    return texts
+
+
+def differing(folder: str, expected: dict[str, str]) -> set[str]:
+    """Return the names of the files whose contents are not as expected."""
+    found = contents(Path(folder))
+    return {name for name in expected | found if expected.get(name) != found.get(name)}
 
 
 def command(words: list[str]) -> tuple[int | str, str, str]:
@@ -74,34 +85,32 @@ def command(words: list[str]) -> tuple[int | str, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-def differing(folder: str, expected: dict[str, str]) -> set[str]:
-    """Name the files of a folder whose contents are not as expected."""
-    found = contents(Path(folder))
-    return {name for name in expected | found if expected.get(name) != found.get(name)}
-
-
-def forked(words: list[str], after: float | None = None) -> int:
+def forked(words: list[str], seconds: float | None = None) -> int:
     """Run a command in a child process; return its exit code, -SIGKILL where it was killed.
 
-    Given `after`, that is after so many seconds or, by chance, at the move of a file into place.
+    Given `seconds`, it is killed after them, or by chance where it moves something into place.
     """
-    move = os.replace
 
-    def risky(*paths):
-        lot = random.random()  # seeded anew in each child
-        if lot < 0.01:
-            signal.raise_signal(signal.SIGKILL)
-        move(*paths)
-        if lot > 0.99:
-            signal.raise_signal(signal.SIGKILL)
+    def risky(move, chance):
+        def moved(*paths):
+            lot = random.random()  # seeded anew in each child
+            if lot < chance:
+                signal.raise_signal(signal.SIGKILL)
+            move(*paths)
+            if lot > 1 - chance:
+                signal.raise_signal(signal.SIGKILL)
+
+        return moved
 
     def run():
-        os.replace = risky if after else move  # Path.replace calls it too
+        if seconds:
+            os.replace = risky(os.replace, 0.01)  # of a file, by Path.replace
+            os.rename = risky(os.rename, 0.1)  # of a stage's folder, by Path.rename
         sys.exit(command(words)[0])
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
-    child.join(after)
+    child.join(seconds)
     child.kill()
     child.join()
     return child.exitcode
@@ -118,7 +127,7 @@ def check_kills(kills: int, rng: random.Random) -> int:
         while (status := forked([*CHAIN, "killed"], rng.uniform(0, longest))) == -signal.SIGKILL:
             done += 1
         names = differing("killed", expected)
-        if status != 0 or names:  # the chain's own audit included
+        if status != 0 or names:  # the chain's own verify included
             different += 1
             print(f"round {rounds}: status {status}, different: {sorted(names)}")
         shutil.rmtree("killed")
@@ -137,58 +146,74 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return content[:place] + new + content[place + len(new) :]
 
 
+def outcome(words: list[str], name: str, expected: dict[str, str], aside: set[str]) -> str:
+    """Run a command on a folder with a damaged file; return what became of it."""
+    status, out, error = command([*words, "damaged"])
+    if status == 2 and re.fullmatch("(NOTE: .*\n)*reproduce.py: error: .*\n", error):
+        return "refused"
+    if status == 1 and re.search(rf"WRONG .*{name}", out):
+        return "found by verify"
+    # Of what verify reads, nothing but a line break of SHA256SUMS may change unnoticed.
+    may_pass = words == CHAIN or name == "SHA256SUMS"
+    if status == 0 and may_pass and differing("damaged", expected) <= aside:
+        return "no change"
+    print(f"{name}: status {status}, {error[-300:]!r}")
+    return "WRONG"
+
+
 def check_damage(files: int, rng: random.Random) -> int:
     """Damage so many files; return how many were wrongly taken."""
     assert command([*CHAIN, "sealed"])[0] == 0
-    expected = contents(Path("sealed"))
-    for stage in ("train", "test"):
+    expected, targets = contents(Path("sealed")), [*Path("sealed").rglob("[!.]*")]
+    for stage in ("tune", "train", "test"):
 
-        def interrupt(progress, done, *_, stage=stage, **__):  # after one epoch, or the test's end
+        def interrupt(progress, done, *_, stage=stage, **__):
             if progress.label == stage and done > 1:
                 raise KeyboardInterrupt
 
-        with mock.patch.object(reproduce.Progress, "__call__", interrupt):
+        with mock.patch.object(reproduce.Progress, "show", interrupt):
             assert command([*CHAIN, stage])[0] == 130
-    # Of a log that no checksum vouches for yet, a changed loss can't be told from a measured one.
-    unsealed = [("train", "training.pt"), ("train", "run.json"), ("test", "model.pt")]
-    targets = [("sealed", name) for name in sorted(reproduce.files_in(Path("sealed")))]
-    targets += 3 * [*unsealed, ("test", "tiny.npz")]
-    counts, wrong = Counter(), 0
+        targets += 3 * [*Path(stage, f"{stage}.part").rglob("*"), Path("tiny.npz")]
+    targets = sorted(path for path in targets if path.is_file())
+    counts = Counter()
     for number in range(files):
-        base, name = targets[number % len(targets)]
-        shutil.copytree(base, "damaged")
-        path = Path(name) if name == "tiny.npz" else Path("damaged", name)
-        # Of a run.json without a checksum, the report repeats what it says of the environment.
-        aside = {name, "report.md"} if name == "run.json" else {name}
-        whole = path.read_bytes()
+        target = targets[number % len(targets)]
+        base, *rest = target.parts
+        shutil.copytree(base if rest else "test", "damaged")
+        path = Path("damaged", *rest) if rest else target
+        whole, aside, commands = path.read_bytes(), set(), [CHAIN]
         path.write_bytes(damaged(whole, rng))
-        for words in (VERIFY, CHAIN) if base == "sealed" else (CHAIN,):
-            status, out, error = command([*words, "damaged"])
-            if status == 2 and re.fullmatch("(NOTE: .*\n)*reproduce.py: error: .*\n", error):
-                outcome = "refused"
-            elif status == 1 and re.search(rf"WRONG .*{path.name}", out):
-                outcome = "found by verify"
-            elif status == 0 and words == CHAIN and differing("damaged", expected) <= aside:
-                outcome = "no change"
-            else:
-                outcome, wrong = "WRONG", wrong + 1
-                print(f"file {number}, {base} {name}: status {status}, {error[-300:]!r}")
-            counts[name, outcome] += 1
-        path.write_bytes(whole)  # for the data file's sake
+        if base == "sealed":
+            commands = [VERIFY, CHAIN]
+        elif path.name == "run.json":  # The report repeats its names and environments.
+            aside = {f"{base}/run.json", "report.md"}
+        elif path.name == "tuning.jsonl":
+            loss = rb'"(loss|seconds)": -?\d[^,}"]*'
+            if re.sub(loss, b"", whole) == re.sub(loss, b"", path.read_bytes()):
+                aside = {*expected}  # Nobody can know what was measured.
+        for words in commands:
+            counts[base, path.name, outcome(words, path.name, expected, aside)] += 1
+        if not rest:
+            path.write_bytes(whole)
         shutil.rmtree("damaged")
-    for (name, outcome), count in sorted(counts.items()):
-        print(f"{name:<16} {outcome:<16} {count}")
+    for row, count in sorted(counts.items()):
+        print("{:<9} {:<16} {:<16}".format(*row), count)
+    wrong = sum(count for row, count in counts.items() if row[-1] == "WRONG")
     print(f"{files} damaged files, {wrong} wrongly taken")
     return wrong
 
 
-if __name__ == "__main__":
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--files", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    sys.modules["matplotlib"] = None  # figures take longer than all the rest of a round
+    for name, default in {"kills": 100, "files": 1000, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options = parse(None)
+    sys.modules["matplotlib"] = None  # Figures would take longer than all the rest of a round.
     with tempfile.TemporaryDirectory() as place, chdir(place):
         write_tiny(Path("tiny.npz"))
         chance = random.Random(options.seed)

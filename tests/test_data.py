@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import tracemalloc
 import unittest.mock
 import urllib.request
 from pathlib import Path
@@ -44,12 +43,9 @@ def nothing_listens(monkeypatch):
     monkeypatch.setattr(data, "URL", NOWHERE)
 
 
-# ---- images --------------------------------------------------------------------------------------
-
-
 def test_ids_are_sha256_of_the_bytes_in_c_order():
     images = np.random.RandomState(0).randint(0, 256, (4, 9, 8, 3), U8)
-    for view in (images, images[::-1, :, ::-1], images.transpose(0, 3, 2, 1), images[:0]):
+    for view in (images, images.transpose(0, 3, 2, 1), images[:0]):
         values = [bytes(image.ravel().tolist()) for image in view]
         ids = data.ids(view)
         assert ids.tolist() == [hashlib.sha256(v).hexdigest()[:16] for v in values]
@@ -78,21 +74,8 @@ def test_stretch_is_the_formula_image_by_image(shape):
     assert (stretched.dtype, stretched.shape) == (U8, images.shape)
     assert [image.ravel().tolist() for image in stretched] == [*map(stretched_by_hand, images)]
     assert np.array_equal(stretched[:4], images[:4])
-    assert np.array_equal(data.stretch(images[::-1, ::-1]), stretched[::-1, ::-1])
     assert np.array_equal(images, before)
     assert data.stretch(images[:0]).shape == (0, *shape)
-
-
-def test_stretch_needs_three_times_the_memory_of_the_images():
-    images = np.random.RandomState(0).randint(0, 256, (2_000, 28, 28), U8)
-    tracemalloc.start()
-    data.stretch(images)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert images.nbytes < peak < 3.2 * images.nbytes
-
-
-# ---- splits --------------------------------------------------------------------------------------
 
 
 def counter(n):
@@ -131,11 +114,10 @@ def test_splits_do_not_depend_on_the_order_of_the_file():
     images[90:] = images[:10]
     shuffled = images[np.random.RandomState(1).permutation(100)]
     split, other = data.poster_split(images), data.poster_split(shuffled)
-    parts = split + data.tuning_split(split, 50)
-    other_parts = other + data.tuning_split(other, 50)
-    for part, other_part in zip(parts, other_parts, strict=True):
-        assert np.array_equal(images[part], shuffled[other_part])
     assert not np.array_equal(split.train, other.train)
+    parts = zip(split + data.tuning_split(split), other + data.tuning_split(other), strict=True)
+    for part, other_part in parts:
+        assert np.array_equal(images[part], shuffled[other_part])
 
 
 @pytest.mark.parametrize(
@@ -153,9 +135,6 @@ def test_split_that_cannot_be(name, official, message):
         data.split(image_data, name)
 
 
-# ---- digits --------------------------------------------------------------------------------------
-
-
 def test_digits():
     from sklearn.datasets import load_digits
 
@@ -164,15 +143,12 @@ def test_digits():
     assert digits.md5 == hashlib.md5(content).hexdigest() == "e293a59c261b1f3f286b2578f799f110"
     assert (digits.images.shape, digits.images.dtype) == ((1797, 28, 28), U8)
     assert (digits.name, digits.source, digits.official) == ("digits", "digits", None)
-    assert digits.class_names == tuple("0123456789")
+    assert digits.class_names == tuple("0123456789") and digits.num_classes == 10
     assert digits.labels.tolist() == original.target.tolist()
     for y, x in np.ndindex(28, 28):
         inside = min(y, x) >= 2 and max(y, x) < 26
         grey = original.images[:, (y - 2) // 3, (x - 2) // 3] if inside else np.zeros(1797)
         assert np.array_equal(digits.images[:, y, x], np.floor(grey / 16 * 255))
-
-
-# ---- npz -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,36 +172,23 @@ def test_npz(tmp_path, save, shape, dtype):
         assert np.array_equal(loaded.images[index], made[f"{part}_images"])
 
 
-def test_only_one_part_is_in_memory_twice(tmp_path):
-    path = write(tmp_path / "a.npz", **arrays((7_000, 1_000, 2_000), (28, 28)))
-    tracemalloc.start()
-    size = data.load(path).images.nbytes
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert size < peak < 1.8 * size
-
-
 def test_name_and_class_names_follow_the_md5(tmp_path, monkeypatch):
     path = write(tmp_path / "mine.npz")
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    assert data.TISSUEMNIST[0] == data.MEDMNIST["tissuemnist"]
-    for md5s in ((md5, data.TISSUEMNIST[1]), (data.TISSUEMNIST[0], md5)):
-        with monkeypatch.context() as patch:
-            patch.setattr(data, "TISSUEMNIST", md5s)
-            loaded = data.load(path)
-        assert (loaded.name, loaded.source) == ("tissuemnist", str(path))
-        assert loaded.class_names == data.TISSUEMNIST_CLASSES
     assert data.load(path).name == "mine"
     monkeypatch.setitem(data.MEDMNIST, "octmnist", md5)
     loaded = data.load(path)
     assert (loaded.name, loaded.source, loaded.class_names[3]) == ("octmnist", str(path), "class 3")
+    assert data.TISSUEMNIST[0] == data.MEDMNIST["tissuemnist"]
+    monkeypatch.setattr(data, "TISSUEMNIST", (data.TISSUEMNIST[0], md5))
+    loaded = data.load(path)
+    assert (loaded.name, loaded.source) == ("tissuemnist", str(path))
+    assert loaded.class_names == data.TISSUEMNIST_CLASSES
 
 
 def test_all_images_may_be_in_one_part(tmp_path):
     loaded = data.load(write(tmp_path / "a.npz", **arrays((16, 0, 0))))
     assert [len(part) for part in loaded.official] == [16, 0, 0]
-    with pytest.raises(data.DataError, match="a has no official split"):
-        data.official_split(loaded)
 
 
 def test_home(tmp_path, monkeypatch):
@@ -242,18 +205,19 @@ def test_home(tmp_path, monkeypatch):
 
 BAD_ARRAYS = [
     (dict(val_images=None), "not of MedMNIST's layout.*val_images is not a file"),
-    (dict(train_images=np.zeros((8, 8, 8))), "train_images are float64"),
-    (dict(test_images=np.zeros((1, 8, 8), U8)), r"test_images are uint8 \(1, .*\(4, 8, 8\)"),
+    (dict(train_images=np.zeros((8, 8, 8))), "Cannot cast.* to dtype.'uint8'"),
+    (dict(test_images=np.zeros((4, 9, 9), U8)), "array dimensions .* must match exactly"),
+    (arrays() | dict(val_labels=[0] * 5, test_labels=[0] * 3), "cannot reshape array of size 5"),
     (arrays(shape=(8, 8, 4)), r"\(16, 8, 8, 4\), not"),
     (arrays(shape=(8, 9)), r"\(16, 8, 9\), not"),
     (arrays(shape=(7, 7)), r"\(16, 7, 7\), not .*, H >= 8"),
     (arrays(shape=()), r"\(16,\), not"),
-    (dict(val_labels=np.zeros((4, 14), U8)), "one per image.* found 68 labels"),
+    (dict(val_labels=np.zeros((4, 14), U8)), "cannot reshape array of size 56"),
     (dict(val_labels=np.array([0, 1, 2, 3], object)), "damaged.*Object arrays cannot be loaded"),
-    (dict(val_labels=np.zeros((4, 1))), "Cannot cast.* from dtype.'float64'"),
-    (dict(val_labels=np.array([0, 1, 2, -2])), r"every class present.* lowest \[-2, 0, 1, 2, 3\]"),
-    (dict(val_labels=np.array([0, 1, 2, 5])), r"the lowest \[0, 1, 2, 3, 5\]"),
-    (arrays((1, 1, 1)), r"K at least 2.* the lowest \[0\]"),
+    (dict(val_labels=np.zeros((4, 1))), "Cannot cast.* to dtype.'int64'"),
+    (dict(val_labels=np.array([0, 1, 2, -2])), r"every class present.* found \[-2, 0, 1, 2, 3\]"),
+    (dict(val_labels=np.array([0, 1, 2, 5])), r"found \[0, 1, 2, 3, 5\]"),
+    (arrays((1, 1, 1)), r"K at least 2; found \[0\]"),
 ]
 
 
@@ -264,13 +228,12 @@ def test_bad_arrays(tmp_path, changes, message):
         data.load(path)
 
 
-def test_bad_bytes(tmp_path):
-    content = write(tmp_path / "a.npz").read_bytes()
+def test_an_array_too_large_for_the_memory(tmp_path):
+    path = write(tmp_path / "a.npz")
     small, huge = b"(8, 8, 8), }".ljust(25), b"(1000000000, 100, 100), }"
-    for bad in (content.replace(small, huge), b"<html></html>"):
-        (tmp_path / "a.npz").write_bytes(bad)
-        with pytest.raises(data.DataError, match="damaged, or too large for the memory"):
-            data.load(tmp_path / "a.npz")
+    path.write_bytes(path.read_bytes().replace(small, huge))
+    with pytest.raises(data.DataError, match="damaged, or too large for the memory"):
+        data.load(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -291,9 +254,6 @@ def test_damage_never_passes_and_never_escapes(tmp_path, save):
             assert np.array_equal(loaded.images, good.images)
             assert np.array_equal(loaded.labels, good.labels)
     assert refused > 200
-
-
-# ---- download ------------------------------------------------------------------------------------
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -337,7 +297,7 @@ def test_download_once(server, tmp_path, source):
 
 def test_download_goes_on_after_a_cut(server, tmp_path):
     server.cut, half, on_disk = True, len(server.content) // 2, []
-    with pytest.raises(data.DataError, match=f"broke off after {half:,} of .*run again, or fetch"):
+    with pytest.raises(data.DataError, match=f"broke off after {half:,} of .*run again, or"):
         data.load("auto", tmp_path, progress=lambda *_: on_disk.append(server.part.stat().st_size))
     assert half / 2 < on_disk[-2] < half  # a kill would have left that
     server.cut = False
@@ -360,7 +320,7 @@ def test_download_goes_on_from_any_place(server, tmp_path, status, length):
 def test_wrong_bytes_are_found(server, tmp_path):
     for damaged in (server.part, server.target):  # left by something else, or fetched by hand
         damaged.write_bytes(bytes(100))
-        with pytest.raises(data.DataError, match=r"has MD5 .*: remove it and run again, or fetch"):
+        with pytest.raises(data.DataError, match=r"has MD5 .*: remove it and run again, or"):
             data.load("auto", tmp_path)
         server.target.unlink()
     data.load("auto", tmp_path)
@@ -368,17 +328,13 @@ def test_wrong_bytes_are_found(server, tmp_path):
 
 @pytest.mark.parametrize(
     ("scheme", "status", "download", "message"),
-    [
-        ("http", 404, True, "404"),
-        ("https", 206, True, "SSL"),
-        ("http", 206, False, "downloading is off.*name its root"),
-    ],
+    [("http", 404, True, "404"), ("https", 206, True, "SSL"), ("http", 206, False, "No such file")],
 )
 def test_no_digits_where_a_connection_is(server, monkeypatch, scheme, status, download, message):
     server.status = status
     monkeypatch.setattr(data, "URL", data.URL.replace("http", scheme))
     by_hand = rf"fetch {scheme}://127.0.0.1:.* by hand to {server.target} \(MD5 "
-    with pytest.raises(data.DataError, match=f"{message}.*{by_hand}"):
+    with pytest.raises(data.DataError, match=f"{message}.*name its root.*{by_hand}"):
         data.load("auto", server.target.parent, download)
 
 
@@ -396,8 +352,6 @@ def test_no_connection(server, tmp_path, capsys, monkeypatch, url, why):
     with pytest.raises(data.DataError, match=f"{why}.* by hand"):
         data.load("breastmnist")
 
-
-# ---- the authors' folders ------------------------------------------------------------------------
 
 LABELS = {7: 0, 12: 1, 100: 1, 3: 0, 50: 2}
 
@@ -466,7 +420,6 @@ def image(name, size=(28, 28), mode="L", kind=None):
     return lambda folder: pytest.importorskip(module).new(mode, size).save(folder / name, kind)
 
 
-twice_3 = table(LABELS, columns="Id,Cell type\n3,0")
 BAD_FOLDERS = [
     (lambda folder: [p.unlink() for p in folder.glob("*.png")], "JPEG or PNG .* found 0 and 1"),
     (table(LABELS, name="more.csv"), "one CSV in it or else in its parent; found 5 and 2"),
@@ -474,16 +427,14 @@ BAD_FOLDERS = [
     (lambda folder: (folder / "000003.png").unlink(), "row in labels.csv; 1 have not, such as 3"),
     (table({3: 0, 7: 1, 50: 2}), "2 have not, such as 12"),
     (image("03.png"), "1 have not, such as 3"),
-    (twice_3, "1 have not, such as 3"),
-    (lambda folder: [image("3.jpg")(folder), twice_3(folder)], "1 have not, such as 3"),
+    (lambda f: [image("3.jpg")(f), table(LABELS, columns="Id,Cell type\n3,0")(f)], "such as 3"),
     (image("1_23.png"), "images' names, .* must be decimal digits; found '1_23'"),
     (image("٣.png"), "digits; found '٣'"),
     (table({3: 1.5}), "Id and Cell type in .*labels.csv, must be decimal digits; found '1.5'"),
-    (table(LABELS, columns="Id,Cell type\n1_0,1"), "digits; found '1_0'"),
-    (table(LABELS, columns="Id,Cell type\n8," + "9" * 5000), "digits; found '9{5000}'"),
+    (table(LABELS, columns="Id,Cell type\n8," + "9" * 19), "digits; found '9{19}'"),
     (table(LABELS, columns="Id,Cell type\n3"), "digits; found ''"),
     (table(LABELS, columns="id,label"), "digits; found 'Id'"),
-    (table(LABELS | {3: 4}), r"every class present.* the lowest \[0, 1, 2, 4\]"),
+    (table(LABELS | {3: 4}), r"every class present.* found \[0, 1, 2, 4\]"),
     (lambda folder: os.truncate(folder / "000012.png", 50), "000012.png: not a readable"),
     (image("000012.png", mode="I;16"), r"000012.png: not a readable 8-bit .*\(mode I;16\)"),
     (image("000012.png", mode="CMYK", kind="JPEG"), r"000012.png: .*\(mode CMYK\)"),
@@ -501,25 +452,11 @@ def test_bad_folder(tmp_path, spoil, message):
 
 
 def test_convert_leaves_no_half_file(tmp_path, monkeypatch):
-    def fail(path, **_):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", fail)
     train = folder_of(tmp_path / "train", LABELS)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "replace", unittest.mock.Mock(side_effect=OSError(28, "No space")))
+    with pytest.raises(OSError, match="No space"):
         data.convert(train, train, tmp_path / "cells.npz")
     assert [*tmp_path.iterdir()] == [train]
-
-
-@pytest.mark.parametrize("path", ["there.npz", "no-such-folder/cells.npz"])
-def test_convert_refuses_its_output_before_it_reads(tmp_path, path):
-    (tmp_path / "there.npz").touch()
-    with pytest.raises(data.DataError, match=f"{path}: name a new file in a folder that exists"):
-        data.convert("no-such-folder", None, tmp_path / path)
-
-
-# ---- command line --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -532,6 +469,7 @@ def test_convert_refuses_its_output_before_it_reads(tmp_path, path):
         (["convert", "a", "b", "c", "d"], "expected .*"),
         (["a" * 300], ".*a{300}.*"),  # too long for a file's name
         (["convert", "a", "b", "."], r"\.: name a new file .*"),
+        (["convert", "a", "no-such-folder/b.npz"], "no-such-folder/b.npz: name a new file .*"),
         (["~no-such-user/a"], "~no-such-user/a: .*"),
         (["convert", "a", "b.npz"], "a: JPEG or PNG files expected .*"),
         (["digits"], "import of sklearn.*"),
@@ -550,11 +488,6 @@ def test_main_interrupted(monkeypatch):
     assert data.main(["digits"]) == 130
 
 
-def test_stdout_closed(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    assert data.main(["digits"]) == 0
-
-
 def test_alone_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
@@ -563,11 +496,11 @@ def test_alone_in_an_empty_folder(tmp_path, monkeypatch):
     images = np.concatenate([made for name, made in arrays().items() if "images" in name])
     stretched = [stretched_by_hand(image) for image in images]
 
-    def run(*words, stdout=subprocess.PIPE):
-        options = dict(cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, text=True)
-        return subprocess.run([sys.executable, *words], check=False, **options)
+    def run(words):
+        options = dict(cwd=tmp_path, shell=True, capture_output=True, text=True)
+        return subprocess.run(f"'{sys.executable}' {words}", check=False, **options)
 
-    shown = run("data.py", "café.npz")
+    shown = run("data.py café.npz")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.splitlines() == [
         r"name      caf\xe9",
@@ -579,14 +512,9 @@ def test_alone_in_an_empty_folder(tmp_path, monkeypatch):
         "official  8 train, 4 valid, 4 test",
         *(f"class {k}          4  25.0%  class {k}" for k in range(4)),
     ]
-    imported = run("-c", "import data, sys; print({'sklearn', 'PIL', 'torch'} & {*sys.modules})")
-    assert imported.stdout == "set()\n"
-    reader, writer = os.pipe()
-    os.close(reader)  # as `| head` does
-    assert run("data.py", "café.npz", stdout=writer).stderr == ""
-    os.close(writer)
-    if Path("/dev/full").exists():
-        with Path("/dev/full").open("w") as full:
-            failed = run("data.py", "café.npz", stdout=full)
-        assert failed.returncode == 2
-        assert re.fullmatch(r"data\.py: error: .*No space left on device\n", failed.stderr)
+    script = "import data, sys; print({'sklearn', 'PIL', 'torch'} & {*sys.modules})"
+    assert run(f'-c "{script}"').stdout == "set()\n"
+    full = r"data\.py: error: .*No space left on device\n"
+    for output, status, error in ((">&-", 0, ""), ("| :", 0, ""), (">/dev/full", 2, full)):
+        shown = run(f"data.py café.npz {output}")
+        assert shown.returncode == status and re.fullmatch(error, shown.stderr)

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -100,11 +100,9 @@ def test_poster_network_is_the_figure(capsys):
     assert model.main([]) == 0
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("PosterCNN: 250,904 parameters, 4,932,736 multiply-accumulates")
-    shapes = [line.split()[:2] for line in lines]  # (layer, shape)
-    channels = [shape.split("x")[0] for name, shape in shapes if name == "Conv2d"]
-    assert channels == ["8", "8", "8", "16", "16", "32", "64", "128"]
-    assert [s for n, s in shapes if n == "AvgPool2d"] == ["16x14x14", "32x7x7", "64x3x3"]
-    assert [s for n, s in shapes if n in ("Flatten", "Linear")] == ["1152", "128", "8"]
+    assert lines[0].split() == ["Conv2d", "8x28x28", "80", "56,448"]
+    pooled = [line.split()[1] for line in lines if line.startswith("AvgPool2d")]
+    assert pooled == ["16x14x14", "32x7x7", "64x3x3"]
     config = {"num_features": 8, "num_classes": 8, "in_channels": 1, "image_size": 28}
     assert model.PosterCNN().config == {"network": "PosterCNN", **config, "dropout": 0.5}
     assert model.NephNet2D().config["num_features"] == 32
@@ -164,30 +162,21 @@ def test_hyperparameters_are_the_posters():
     assert asdict(model.AUTHORS) == asdict(model.POSTER) | changed
 
 
-def test_hyperparameters_and_sizes_out_of_their_range():
-    low = {"num_features": 0, "batch_size": 0, "learning_rate": 0, "weight_decay": -1e-9}
-    low |= {"momentum": -0.1, "dropout": -0.1, "patience": -1, "factor": 0, "epochs": 0}
-    high = {"momentum": 1, "dropout": 1.0, "factor": 1, "learning_rate": 10**400}
-    strange = {"learning_rate": math.nan, "weight_decay": math.inf}
-    for name, value in [*low.items(), *high.items(), *strange.items()]:
+def test_hyperparameters_of_another_type_or_out_of_range():
+    """As YAML, JSON, NumPy or a spreadsheet may have them; an int is a float, and stays one."""
+    wrong = {int: [1.0, "1", None, True, np.int64(1), -1], bool: ["false", None, 0.0, 1]}
+    wrong[float] = ["1e-3", None, [0.1], True, 0.1j, np.float64(0.1)]
+    wrong[float] += [-1e-9, math.nan, math.inf, 10**400]
+    bad = [(field.name, value) for field in fields(model.POSTER) for value in wrong[field.type]]
+    bad += [(name, 0) for name in ("num_features", "batch_size", "learning_rate", "factor")]
+    bad += [("epochs", 0), ("momentum", 1), ("dropout", 1.0), ("factor", 1)]
+    for name, value in bad:
         with refused(f"^{name} must be "):
             model.Hyperparameters(**{name: value})
-    with refused("^nesterov must be False without momentum, not True$"):
+    with refused("^nesterov must be False without momentum$"):
         model.Hyperparameters(momentum=0)
-    with refused("images must be at least 8x8 pixels, not 7x7"):
-        tiny(image_size=7)
-
-
-def test_hyperparameters_of_another_type():
-    """As YAML, JSON or a spreadsheet may have them; an int is a float, and is kept as it is."""
-    wrong = {"int": [1.0, "1", None, True], "float": ["1e-3", None, [0.1], True, 0.1j]}
-    wrong["bool"] = ["false", "no", None, 0.0, 1]
-    for field in fields(model.Hyperparameters):
-        for value in wrong[field.type]:
-            with refused(f"^{field.name} must be of type {field.type}, not "):
-                model.Hyperparameters(**{field.name: value})
-    momentum = model.Hyperparameters(momentum=0, nesterov=False).momentum
-    assert (momentum, type(momentum)) == (0, int)
+    lowest = {"momentum": 0, "nesterov": False, "weight_decay": 0, "dropout": 0, "patience": 0}
+    assert type(model.Hyperparameters(**lowest).momentum) is int
 
 
 # ---- device, precision, data ---------------------------------------------------------------------
@@ -239,12 +228,14 @@ def test_fit_refuses(monkeypatch, tmp_path, name, words, values):
     assert not list(tmp_path.iterdir())
 
 
-def test_batches_of_one_image_need_16_pixels():
+def test_images_need_8_pixels_and_batches_of_one_need_16():
     """Of 15 pixels, the third pooling leaves one: BatchNorm has one number per channel."""
     for name, size, batch in itertools.product(WIDTHS, [8, 15, 16], [(3, 1), (1, 128)]):
         network = tiny(network=name, image_size=size)
         with contextlib.nullcontext() if size == 16 else refused("^BatchNorm needs batches of 2"):
             fit(network, replace(QUICK, batch_size=batch[1], epochs=1), n=batch[0])
+    with refused("images must be at least 8x8 pixels, not 7x7"):
+        tiny(image_size=7)
 
 
 def test_any_array_of_these_numbers_will_do():
@@ -268,15 +259,10 @@ def test_any_array_of_these_numbers_will_do():
 
 
 def plainly_trained(network, h, seed, skipped=0):
-    """Train as `fit` by the shortest loop there is: no layout, no index slices, no helpers.
-
-    Returns an epoch's (learning rate, training loss, validation loss, training accuracy,
-    validation accuracy).
-    """
+    """Train as `fit`, by the shortest loop there is; return one row of figures per epoch."""
     x, y = torch.tensor(images(65))[:, None].float() / 255, torch.tensor(labels(65))
-    optimizer = torch.optim.SGD(
-        network.parameters(), h.learning_rate, 0.8, weight_decay=h.weight_decay, nesterov=True
-    )
+    rule = {"momentum": 0.8, "weight_decay": h.weight_decay, "nesterov": True}
+    optimizer = torch.optim.SGD(network.parameters(), h.learning_rate, **rule)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     scheduler, rows = plateau(optimizer, factor=h.factor, patience=h.patience), []
     for epoch in range(h.epochs):
@@ -323,6 +309,10 @@ def test_training_is_pytorchs_plain_loop(compiler):
         assert figures[:2] == pytest.approx(expected[:2], rel=1e-3)
         assert figures[2:] == pytest.approx(expected[2:], abs=1.5 / 65)  # one on the border
         assert seconds > 0
+    rates, losses = [r.learning_rate for r in history], [r.valid_loss for r in history]
+    assert model.learning_rates(QUICK, losses) == rates
+    measured = model.evaluate(network, images(65), 1 - labels(65), device="cpu", precision="fp32")
+    assert measured == (history[-1].valid_loss, history[-1].valid_accuracy)
 
 
 @pytest.mark.parametrize(
@@ -336,49 +326,32 @@ def test_every_image_is_used_once_an_epoch(n, batch_size, sizes):
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_every_precision_learns_an_easy_task(precision):
-    x, y = np.repeat(np.array([20, 220] * 4, np.uint8), 64).reshape(8, 8, 8), labels(8)
-    h = replace(model.POSTER, batch_size=4, epochs=12, dropout=0, learning_rate=0.02)
-    network, seen = tiny(num_features=8, dropout=0), set()
-    network.features[0].register_forward_hook(
-        lambda module, _, out: seen.add((module.training, out.dtype))
-    )
-    history = model.fit(network, x, y, x, y, h, **CPU | {"precision": precision})
+def test_every_precision_is_computed_in_and_learns(precision):
+    network, seen = tiny(network="NephNet2D"), set()
+    network.features[0].register_forward_hook(lambda m, _, out: seen.add((m.training, out.dtype)))
+    losses = [record.train_loss for record in fit(network, precision=precision)]
     assert seen == {(True, DTYPES[precision]), (False, DTYPES[precision])}
     assert all(p.dtype == torch.float32 for p in network.parameters())
-    assert history[-1].train_loss < history[0].train_loss / 2
-    assert history[-1].train_accuracy == 1
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-SETTINGS = [partial(torch.autocast, "cpu", torch.bfloat16), partial(default_dtype, torch.float64)]
-SETTINGS += [partial(torch.autocast, "cpu", torch.float16)]
+    # 1.2 times in fp16, whose first steps overflow; 1.35 times if weights are cast once per epoch.
+    expected = fit(tiny(network="NephNet2D"))[0].train_loss
+    assert losses[0] == pytest.approx(expected, rel=0.28)
+    assert losses[-1] < losses[0] / 2
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def test_what_the_caller_has_set_in_pytorch_changes_nothing(tmp_path, precision):
+def test_what_the_caller_has_set_in_pytorch_changes_nothing(request, tmp_path, precision):
     """Neither its autocast, in the backward pass too, nor its default dtype."""
-    found = []
-    for setting in [contextlib.nullcontext, *SETTINGS]:
-        with setting():
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    plain, path, found = torch.float32, tmp_path / "model.pt", []
+    for dtype, cast in [(plain, None), (plain, "bf16"), (plain, "fp16"), (torch.float64, None)]:
+        torch.set_default_dtype(dtype)
+        with torch.autocast("cpu", DTYPES.get(cast), enabled=cast is not None):
             history = fit(network := tiny(), precision=precision)
-            model.save_network(network, tmp_path / "model.pt")
-            loaded = model.load_network(tmp_path / "model.pt")
-            logits = model.predict(loaded, images(), device="cpu")
-            loss = model.evaluate(loaded, images(), labels(), device="cpu", precision=precision)
-            rates = model.learning_rates(QUICK, [1, 2, 3])
-            rows = model.layer_table(network)
-        records = [record[:-1] for record in history]
-        weights = [tensor.tolist() for tensor in network.state_dict().values()]
-        found.append((records, weights, logits.tolist(), loss, rates, rows))
+            model.save_network(network, path)
+            logits = model.predict(model.load_network(path), images(), device="cpu")
+            loss = model.evaluate(network, images(), labels(), device="cpu", precision=precision)
+            others = model.learning_rates(QUICK, [1, 2, 3]), model.layer_table(network)
+        found.append(([record[:-1] for record in history], logits.tolist(), loss, others))
     assert found == found[:1] * len(found)
 
 
@@ -395,8 +368,6 @@ def test_the_device_needs_no_float64():
     with WithoutFloat64():
         fit(network := tiny())
         model.predict(network, images(), device="cpu")
-        with pytest.raises(AssertionError):
-            torch.zeros(1).double()
 
 
 def test_learning_rate_drops_where_the_posters_did():
@@ -407,14 +378,6 @@ def test_learning_rate_drops_where_the_posters_did():
     drops = [0, 16, 24, 31, 38, 44, 45]
     expected = [0.025 * 0.29**i for i in range(6) for _ in range(drops[i], drops[i + 1])]
     assert rates == pytest.approx(expected, rel=1e-12)
-
-
-def test_learning_rates_and_last_losses_of_a_history_can_be_recomputed():
-    history = fit(network := tiny(), precision="bf16")
-    losses = [record.valid_loss for record in history]
-    assert model.learning_rates(QUICK, losses) == [record.learning_rate for record in history]
-    measured = model.evaluate(network, images(65), 1 - labels(65), device="cpu", precision="bf16")
-    assert measured == (history[-1].valid_loss, history[-1].valid_accuracy)
 
 
 def test_the_seeds_decide_everything():
@@ -458,7 +421,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, precision, place)
         return network
 
     path, straight, reported = tmp_path / "training.pt", start(), []
-    options = {"precision": precision, "checkpoint": path}
+    options = {"precision": precision, "checkpoint": path, "seed": np.int64(0)}
     expected = fit(straight, precision=precision)
     if place is None:
         fit(start(), replace(QUICK, epochs=2), **options)
@@ -478,37 +441,35 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, precision, place)
 
 
 def test_a_checkpoint_of_another_training_is_refused(monkeypatch, tmp_path):
-    x, y = images(65), labels(65)
+    x, y, path = images(65), labels(65), tmp_path / "training.pt"
     good = {"train_images": x, "train_labels": y, "valid_images": x, "valid_labels": 1 - y}
-    good |= {"hyperparameters": QUICK, **CPU, "checkpoint": tmp_path / "training.pt"}
+    good |= {"hyperparameters": QUICK, **CPU, "checkpoint": path}
     model.fit(tiny(), **good)
-    kept = good["checkpoint"].read_bytes()
+    kept = path.read_bytes()
     monkeypatch.setattr(torch, "compile", lambda step, **_: step)
     other_pixel = x.copy()
     other_pixel[64, 7, 7] ^= 1
-    for what, start, changes in [
-        ("hyperparameters", {}, {"hyperparameters": replace(QUICK, learning_rate=0.011)}),
-        ("hyperparameters", {}, {"hyperparameters": replace(QUICK, factor=0.3)}),
-        ("network, starting weights", {"network": "NephNet2D"}, {}),
-        ("starting weights", {"seed": 1}, {}),
-        ("seed", {}, {"seed": 1}),
-        ("precision", {}, {"precision": "bf16"}),
-        ("compiling", {}, {"compile": "on"}),
-        ("training images, training labels", {}, {"train_images": x[1:], "train_labels": y[1:]}),
-        ("training images", {}, {"train_images": other_pixel}),
-        ("training labels", {}, {"train_labels": 1 - y}),
-        ("validation images", {}, {"valid_images": other_pixel}),
-        ("validation labels", {}, {"valid_labels": y}),
+    for start, changes in [
+        ({"network": "NephNet2D"}, {}),
+        ({"seed": 1}, {}),
+        ({}, {"seed": 1}),
+        ({}, {"hyperparameters": replace(QUICK, learning_rate=0.011)}),
+        ({}, {"precision": "bf16"}),
+        ({}, {"compile": "on"}),
+        ({}, {"train_images": other_pixel}),
+        ({}, {"train_labels": 1 - y}),
+        ({}, {"valid_images": other_pixel}),
+        ({}, {"valid_labels": y}),
     ]:
         network = tiny(**start)
-        with refused(rf"^remove .*training.pt.*of other {what}\)$", model.CheckpointError):
+        with refused(r"^remove .*training.pt.* of other images, labels", model.CheckpointError):
             model.fit(network, **good | changes)
         assert same(network, tiny(**start))
     with refused(r"it has 4 epochs\)$", model.CheckpointError):
         model.fit(tiny(), **good | {"hyperparameters": replace(QUICK, epochs=3)})
-    assert good["checkpoint"].read_bytes() == kept
+    assert path.read_bytes() == kept
     for damaged in (b"", b"hello", kept[:100], kept[:-1], kept.replace(b"history", b"hi5tory")):
-        good["checkpoint"].write_bytes(damaged)
+        path.write_bytes(damaged)
         with refused("^remove .*training.pt", model.CheckpointError):
             model.fit(tiny(), **good)
 
@@ -522,26 +483,25 @@ class Trap:
 
 def test_a_damaged_file_is_refused_or_does_no_harm(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    path, network, rng, errors = Path("model.pt"), tiny(), random.Random(0), 0
+    path, network, errors = Path("model.pt"), tiny(), 0
     model.save_network(network, path)
     good, content = path.read_bytes(), torch.load(path)
-    bad = [good[:size] for size in (0, 1, 100, len(good) // 2, len(good) - 1)] + [b"hello\n"]
+    bad = [b"", b"hello", good[:100], good[:-1]]
     lacking = {name: content[name] for name in ("config", "network")}  # the second edition's
     for other in ([1], {}, dict.fromkeys(content), lacking, content | {"config": Trap()}):
         torch.save(other, path)
         bad.append(path.read_bytes())
-    certain = len(bad)
-    for place in rng.sample(range(len(good)), 150):
-        bad.append(good[:place] + bytes([good[place] ^ 1 << rng.randrange(8)]) + good[place + 1 :])
-    for i, damaged in enumerate(bad):
+    for damaged in bad:
         path.write_bytes(damaged)
+        with refused("^model.pt is no saved network "):
+            model.load_network(path)
+    for place in random.Random(0).sample(range(len(good)), 150):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         try:
             assert same(model.load_network(path), network)
-            assert i >= certain
-        except model.ModelError as error:
+        except model.ModelError:
             errors += 1
-            assert re.fullmatch("model.pt is no saved network .*", str(error))
-    assert errors > len(bad) - 75
+    assert errors > 75
     assert not Path("trap").exists()
     pickle.loads(pickle.dumps(Trap()))
     assert Path("trap").exists()  # the trap works
@@ -567,7 +527,7 @@ def test_a_failing_write_keeps_the_old_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_a_saved_network_comes_back(tmp_path, name):
-    network = tiny(network=name, in_channels=3, num_classes=5, dropout=0.25)
+    network = tiny(network=name, in_channels=3, num_classes=np.int64(5), dropout=np.float64(0.25))
     network.features[1].running_mean.fill_(0.125)
     path, link = tmp_path / "a.pt", tmp_path / "link.pt"
     link.symlink_to("another name.pt")
@@ -583,8 +543,6 @@ def test_a_saved_network_comes_back(tmp_path, name):
     assert path.read_bytes() == (tmp_path / "another name.pt").read_bytes()
     with refused("^pixels must be one of raw, stretched, not 'blue'"):
         model.save_network(network, path, pixels="blue")
-    with pytest.raises(FileNotFoundError):
-        model.load_network(tmp_path / "none.pt")
 
 
 # ---- prediction and compiling --------------------------------------------------------------------
@@ -635,7 +593,7 @@ def test_without_a_compiler_a_warning_says_so_and_training_runs_uncompiled(monke
 
     fit(plain := tiny())
     monkeypatch.setattr(torch, "compile", compiled)
-    with pytest.warns(UserWarning, match=r"no C\+\+ compiler\); training runs uncompiled$"):
+    with pytest.warns(UserWarning, match=r"\(no C\+\+ compiler\); training runs uncompiled$"):
         fit(network := tiny(), compile="on")
     assert same(network, plain)
 
@@ -672,10 +630,7 @@ def test_standard_output_that_cannot_be_written(tmp_path):
 
 
 def test_ctrl_c(monkeypatch):
-    def stop(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model, "layer_table", stop)
+    monkeypatch.setattr(model, "layer_table", mock.Mock(side_effect=KeyboardInterrupt))
     assert model.main([]) == 130
 
 
@@ -683,12 +638,8 @@ def test_ctrl_c(monkeypatch):
 def folder(monkeypatch, tmp_path):
     """A folder to work in, with a network and images to apply it to."""
     monkeypatch.chdir(tmp_path)
-    network = tiny(num_classes=3)
-    network.classifier[4].weight.data *= 50  # so that images differ in class
-    model.save_network(network, "model.pt")
-    model.save_network(network, "stretched.pt", pixels="stretched")
-    np.savez("both.npz", images=images(4, seed=1), test_images=images(7))
-    np.savez("images.npz", images=images(4, seed=1))
+    model.save_network(tiny(num_classes=3), "model.pt")
+    np.savez("images.npz", images=images(4))
     return tmp_path
 
 
@@ -700,29 +651,24 @@ def applied(network, source, output="out.csv"):
     return np.array([row.split(",") for row in rows], float)
 
 
-@pytest.mark.parametrize(("source", "n", "seed"), [("both.npz", 7, 0), ("images.npz", 4, 1)])
-def test_apply(folder, capsys, source, n, seed):
-    rows = applied("model.pt", source)
-    assert capsys.readouterr().out == f"wrote out.csv: {n} images\n"
-    logits = model.predict(model.load_network("model.pt"), images(n, seed=seed), device="cpu")
-    powers = np.exp(logits.numpy().astype(np.float64))
-    assert rows[:, :2].tolist() == list(map(list, enumerate(logits.argmax(1).tolist())))
-    np.testing.assert_allclose(rows[:, 2:], powers / powers.sum(1, keepdims=True), rtol=1e-8)
-
-
+@pytest.mark.parametrize("pixels", ["raw", "stretched"])
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
-def test_apply_stretches_images_for_a_network_of_stretched_images(folder, shape):
-    """As data.stretch does: narrow ranges, flat images, images that fill the range already."""
+def test_apply(folder, pixels, shape):
+    """Narrow ranges, flat images, images that fill the range are stretched as by data.stretch."""
     ranges = [(0, 255), (0, 9), (100, 103), (7, 7), (255, 255), (0, 0), (13, 201), (254, 255)]
-    x = [np.linspace(*ends, math.prod(shape)).reshape(shape) for ends in ranges]
-    np.savez("raw.npz", images=np.uint8(x))
-    np.savez("by_data.npz", images=data.stretch(np.uint8(x)))
+    x = np.uint8([np.linspace(*ends, math.prod(shape)).reshape(shape) for ends in ranges])
+    np.savez("both.npz", images=x[:4], test_images=x)
     network = tiny(num_features=8, num_classes=3, in_channels=len(shape) * 2 - 3)
-    model.save_network(network, "a.pt")
-    model.save_network(network, "b.pt", "stretched")
-    expected = applied("a.pt", "by_data.npz")
-    assert (applied("b.pt", "raw.npz") == expected).all()
-    assert (applied("a.pt", "raw.npz") != expected).any(axis=1).sum() == 4
+    given = data.stretch(x) if pixels == "stretched" else x
+    network.classifier[4].weight.data *= 1000  # so that images differ in class
+    network.classifier[4].bias.data -= model.predict(network, given, device="cpu").mean(0)
+    model.save_network(network, "model.pt", pixels)
+    rows = applied("model.pt", "both.npz")
+    logits = model.predict(network, given, device="cpu").numpy().astype(np.float64)
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    assert len(set(logits.argmax(1))) > 1
+    assert rows[:, :2].tolist() == list(map(list, enumerate(logits.argmax(1))))
+    np.testing.assert_allclose(rows[:, 2:], powers / powers.sum(1, keepdims=True), rtol=1e-8)
 
 
 def test_names_that_standard_output_cannot_write(folder, monkeypatch):
@@ -736,28 +682,24 @@ def test_names_that_standard_output_cannot_write(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--net=PosterCNN", "unrecognized arguments: --net=PosterCNN"),
         ("--network ResNet", "invalid choice: 'ResNet'"),
-        ("apply model.pt images.npz", "required: OUT.csv"),
-        ("apply none.pt images.npz out.csv", "No such file or directory: .none.pt"),
+        ("apply none.pt images.npz out.csv", "none.pt is no saved network .*No such file"),
         ("apply images.npz images.npz out.csv", "images.npz is no saved network"),
-        ("apply model.pt none.npz out.csv", "No such file or directory: .none.npz"),
-        ("apply model.pt model.pt out.csv", "model.pt is no npz of test_images or images"),
-        ("apply model.pt one.npy out.csv", "one.npy is no npz"),
-        ("apply model.pt names.npz out.csv", "images and labels must be arrays of integers"),
+        ("apply model.pt none.npz out.csv", "none.npz is no npz .*No such file"),
+        ("apply model.pt one.npy out.csv", "one.npy is no npz of test_images or images"),
         ("apply model.pt large.npz out.csv", r"not torch.uint8 of \(2, 16, 16\)"),
         ("apply stretched.pt floats.npz out.csv", "images must be uint8"),
-        ("apply model.pt images.npz no/out.csv", "cannot write .*no/out.csv: no such folder"),
-        ("apply model.pt images.npz pipe", "cannot write .*pipe: .* not a regular file"),
+        ("apply model.pt images.npz no/out.csv", "cannot write no/out.csv: no such folder"),
+        ("apply model.pt images.npz pipe", "cannot write pipe: .* not a regular file"),
         ("apply model.pt images.npz out.csv --device tpu", "no device 'tpu'"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(folder, capsys, arguments, words):
     """After the usage where argparse refuses."""
+    model.save_network(tiny(), "stretched.pt", "stretched")
     np.save("one.npy", images())
     np.savez("large.npz", images=images(2, (16, 16)))
-    np.savez("names.npz", images=["a.png", "b.png"])
     np.savez("floats.npz", images=images() / 255)
     os.mkfifo("pipe")
     before = sorted(folder.rglob("*"))
