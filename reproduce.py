@@ -59,10 +59,8 @@ class RunError(ValueError):
 
 
 # What a user's command, file or disk can raise. Everything else is a fault of this program.
-ERRORS = (
-    *(RunError, data.DataError, model.ModelError, hyperband.SearchError, metrics.MetricsError),
-    *(OSError, MemoryError),
-)
+ERRORS = (RunError, data.DataError, model.ModelError, hyperband.SearchError, metrics.MetricsError)
+ERRORS += (OSError, MemoryError)
 
 # ---- what the poster says ------------------------------------------------------------------------
 
@@ -124,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reproduce(options: Namespace) -> bool:
     """Do the stages that the command names, in order; return whether verify finds no fault."""
-    if options.stage == ["verify"]:
+    if {*options.stage} == {"verify"}:
         return verify(open_finished(options))
     run = open_run(options)
     announce(run, options)
@@ -145,15 +143,18 @@ def reproduce(options: Namespace) -> bool:
     return is_well
 
 
-# A stage writes its files into `folder`, where what an interrupted run has left may lie. `settings`
-# are what run.json has as "settings": they decide the outcome, beside the data.
+# A stage writes its files into `folder`, and goes on with what an interrupted process has left
+# there. Its `settings` are those of its run.json. They and the data decide the outcome.
 
 
 def tune(run: Run, folder: Path, settings: dict[str, Any]) -> None:
     """Search SPACE by successive halving; write tuning.jsonl, one line per trial, and best.json."""
-    brackets, retrain = read_schedule(settings["schedule"]), settings["retrain"]
+    brackets = read_schedule(settings["schedule"])
+    retrain = settings["retrain"]
     total = sum(hyperband.total_resource(rungs, retrain) for rungs in brackets)
-    progress, epochs, lowest = Progress("tune", total), 0, math.inf
+    progress = Progress("tune", total)
+    epochs = 0  # Of all trials together.
+    lowest = math.inf
 
     def on_trial(trial: hyperband.Trial, replayed: bool) -> None:
         nonlocal epochs, lowest
@@ -162,24 +163,28 @@ def tune(run: Run, folder: Path, settings: dict[str, Any]) -> None:
         epochs += trial.resource - (rungs[trial.rung - 1].resource if is_continued else 0)
         if trial.loss is not None:
             lowest = min(lowest, trial.loss)
-        if replayed:
+        if replayed:  # From the log of an interrupted search.
             progress.start(epochs)
             return
         outcome = trial.error or f"loss {trial.loss:.4f}, lowest {lowest:.4f}"
         place = f"rung {rungs[trial.rung].configurations}@{trial.resource}, trial {trial.trial}"
         progress.show(epochs, f"{epochs}/{total} epochs, {place}: {outcome}", is_step=True)
 
+    # Images (N, H, W) or (N, H, W, C) uint8, labels (N,) int64, of training and of validation.
     split = data.tuning_split(run.split, TUNING_IMAGES, settings["seed"])
     arrays = (*run.part(split.train), *run.part(split.valid))
-    config = network_config(run.about, model.POSTER)
-    objective = partial(trial_loss, arrays, config, fit_options(run, settings))
+    base_config = network_config(run.about, model.POSTER)
+    objective = partial(trial_loss, arrays, base_config, fit_options(run, settings))
     progress.start(0)
     most = max(rungs[0].configurations for rungs in brackets)
     with trial_executor(run, most) as executor:
         result = hyperband.search(
-            *(objective, SPACE, brackets, settings["seed"]),
+            objective,
+            SPACE,
+            brackets,
+            settings["seed"],
             log=folder / "tuning.jsonl",
-            folder=(folder / "trials").absolute(),
+            folder=(folder / "trials").absolute(),  # A cluster's workers run in other folders.
             retrain=retrain,
             executor=executor,
             on_trial=on_trial,
@@ -194,7 +199,9 @@ def train(run: Run, folder: Path, settings: dict[str, Any]) -> float:
     """
     h = hyperparameters_of(settings)
     network = model.build(network_config(run.about, h), settings["seed"])
-    num_images, progress, text = len(run.split.train), Progress("train", h.epochs), ""
+    num_images = len(run.split.train)
+    progress = Progress("train", h.epochs)
+    text = ""  # Of the last epoch; shown while the next one runs.
 
     def on_epoch(record: model.EpochRecord) -> None:
         nonlocal text
@@ -222,13 +229,15 @@ def test(run: Run, folder: Path, settings: dict[str, Any]) -> None:
     """Apply train/model.pt to the test images; write predictions.csv and what follows from it."""
     network = model.load_network(run.folder / "train" / "model.pt")
     images, labels = run.part(run.split.test)
-    n, progress = len(images), Progress("test", len(images))
+    n = len(images)
+    progress = Progress("test", n)
 
     def on_batch(done: int) -> None:
         progress.show(done, f"{done:,}/{n:,} images", is_step=done == n)
 
+    # (n, number of classes) float32
     logits = model.predict(network, images, device=run.device, on_batch=on_batch).numpy()
-    ids = data.ids(run.images.images[run.split.test])
+    ids = data.ids(run.images.images[run.split.test])  # Of the file's own pixels, not stretched.
     predictions = metrics.Predictions(ids, labels, logits.argmax(1), logits)
     metrics.write(folder / "predictions.csv", metrics.predictions_text(predictions))
     (folder / "roc").mkdir(exist_ok=True)
@@ -242,9 +251,11 @@ def compare(run: Run, folder: Path, settings: dict[str, Any]) -> None:
     """Train and apply each of SYSTEMS at growing training sizes; write compare.csv row by row."""
     most = settings["compare_max"]
     first = 1_000 if most >= 5_000 else 100  # Small data have to show their growth, too.
+    # 100, 200, 500, 1,000 and so on, then the most; a size just below it would show nothing new.
     series = [digit * 10**power for power in range(2, 9) for digit in (1, 2, 5)]
     sizes = [n for n in series if first <= n <= most / 1.5] + [most]
-    path, steps = folder / "compare.csv", [*itertools.product(sizes, SYSTEMS)]
+    steps = [*itertools.product(sizes, SYSTEMS)]
+    path = folder / "compare.csv"
     rows = metrics.read_csv(path)[1] if path.exists() else []
     # A random order that begins with one image of each class: every prefix has all classes.
     shuffled = random.Random(settings["seed"]).sample(
@@ -272,14 +283,15 @@ def fit_options(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     return {**options, "device": run.device, "compile": settings.get("compile", "off")}
 
 
-def trial_loss(arrays, config, options, configuration, previous, resource, folder) -> float:
+def trial_loss(arrays, base_config, options, configuration, previous, resource, folder) -> float:
     """Train a configuration for `resource` epochs in total; return its validation loss.
 
-    The first three arguments are the search's: what `model.fit` and `model.build` take. The others
-    are a trial's, as `hyperband.search` passes them; its checkpoint has the `previous` epochs.
+    The first three arguments are the same for all trials: images and labels of training and of
+    validation, the network's config but for its width, and the options of `model.fit`. The others
+    are a trial's, as `hyperband.search` passes them. Its checkpoint has the `previous` epochs.
     """
     h = replace(model.POSTER, **configuration, epochs=resource)
-    config = {**config, "num_features": h.num_features}
+    config = {**base_config, "num_features": h.num_features}
     checkpoint = folder / "training.pt"
     with model.one_thread():  # So that losses do not depend on the number of workers.
         network = model.build(config, options["seed"])
@@ -287,7 +299,7 @@ def trial_loss(arrays, config, options, configuration, previous, resource, folde
             history = model.fit(network, *arrays, h, **options, checkpoint=checkpoint)
         except model.CheckpointError:  # A damaged one is no fault of the configuration.
             checkpoint.unlink()
-            return trial_loss(arrays, config, options, configuration, 0, resource, folder)
+            return trial_loss(arrays, base_config, options, configuration, 0, resource, folder)
     return history[-1].valid_loss
 
 
@@ -367,7 +379,7 @@ def beside_poster(folder: Path) -> tuple[list[str], list[list[Any]]]:
     poster = read_column(POSTER / "table.csv", "value")
     figures = [*METRIC_NAMES.values()]
     tolerances = [TOLERANCE[key] for key in METRIC_NAMES]
-    areas = read_column(POSTER / "auc.csv", "auc")
+    areas = read_column(POSTER / "auc.csv", "auc")  # Ours have a mean in the last row, too.
     ours += read_column(folder / "roc" / "auc.csv", "auc")[: len(areas)]
     figures += [f"AUC of class {k}" for k in range(len(areas))]
     tolerances += [TOLERANCE["auc"]] * len(areas)
@@ -391,6 +403,7 @@ def train_system(
 
     Returns a function from images to classes, and the object that has to be kept for it.
     """
+    # Only `compare` needs these.
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC, LinearSVC
 
@@ -398,7 +411,7 @@ def train_system(
     if system in model.NETWORKS:
         h = hyperparameters_of(settings)
         if system == "NephNet2D":
-            h = replace(h, num_features=32)
+            h = replace(h, num_features=32)  # Its authors' width; ours is no hyperparameter of it.
         network = model.build(network_config(run.about, h, system), settings["seed"])
         valid = run.part(run.split.valid[: max(1, len(images) // 4)])  # The poster's 80/20.
         model.fit(network, images, labels, *valid, h, **fit_options(run, settings))
@@ -424,21 +437,21 @@ def measure(run: Run, system: str, index: np.ndarray, settings: dict[str, Any]) 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # Warm up, so that one-time initialisation is not measured.
-        brief = {**settings, "epochs": 1}
-        predict, _ = train_system(run, system, index[: max(10, run.images.num_classes)], brief)
+        few = index[: max(10, run.images.num_classes)]  # With all classes, as `compare` sorts them.
+        predict, _ = train_system(run, system, few, {**settings, "epochs": 1})
         predict(images[:10])
         caught.clear()
-        clock = [time.perf_counter()]
+        started = time.perf_counter()
         predict, kept = train_system(run, system, index, settings)
-        clock.append(time.perf_counter())
+        trained = time.perf_counter()
         predict(images[:TIMED_IMAGES])
-        clock.append(time.perf_counter())
+        predicted = time.perf_counter()
         summary = metrics.summary(labels, predict(images), run.images.num_classes)
-    seconds_per_1000 = (clock[2] - clock[1]) * 1000 / min(len(images), TIMED_IMAGES)
+    seconds_per_1000 = (predicted - trained) * 1000 / min(len(images), TIMED_IMAGES)
     megabytes = len(pickle.dumps(kept)) / 1e6
     has_converged = not any("converge" in str(warning.message) for warning in caught)
     note = "" if has_converged else "not converged"
-    return [*summary.values(), clock[1] - clock[0], seconds_per_1000, megabytes, note]
+    return [*summary.values(), trained - started, seconds_per_1000, megabytes, note]
 
 
 class Progress:
@@ -446,11 +459,11 @@ class Progress:
 
     def __init__(self, label: str, total: float) -> None:
         self.label, self.total = label, total
-        self.is_live = sys.stdout is not None and sys.stdout.isatty()
+        self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
         self.first, self.drawn_at = None, 0.0
 
     def start(self, done: float) -> None:
-        """Measure speed from here: what an earlier process did says nothing about this one's."""
+        """Measure the speed from here on; an earlier process has reached `done`."""
         self.first, self.started_at = done, time.monotonic()
 
     def show(self, done: float, text: str, is_step: bool = False) -> None:
@@ -458,13 +471,13 @@ class Progress:
         now = time.monotonic()
         if self.first is None:
             self.start(done)
-        if not is_step and not (self.is_live and now - self.drawn_at > 0.1):
+        if not is_step and not (self.is_terminal and now - self.drawn_at > 0.1):
             return
         self.drawn_at = now
         if self.first < done < self.total:
             left = (now - self.started_at) * (self.total - done) / (done - self.first)
             text += f"  ETA {timedelta(seconds=round(left))}"
-        if self.is_live:
+        if self.is_terminal:
             share = min(1.0, done / self.total)
             width = shutil.get_terminal_size().columns - 1
             line = f"{self.label:<8} [{'#' * round(20 * share):<20}] {share:4.0%}  {text}"[:width]
@@ -479,47 +492,51 @@ class Progress:
 # begun in bf16 goes on in bf16 where "auto" would be fp32.
 
 FIELDS = tuple(asdict(model.POSTER))  # The names of the hyperparameters.
-# The option, if there is one, that decides what is no option itself.
-OPTIONS = {name: "hyperparameters" for name in FIELDS if name != "epochs"}
-OPTIONS |= {"md5": "data", "space": None, "model_sha256": None}
+# What a record has under a name that is no option: the option that decides it, if there is one.
+OPTION_OF = {name: "hyperparameters" for name in FIELDS if name != "epochs"}
+OPTION_OF |= dict.fromkeys(
+    ("space", "model_sha256", "shape", "class_names", "sizes", "test_counts")
+)
+OPTION_OF["md5"] = "data"
 
 
 def settings_of(run: Run, stage: str, options: Namespace) -> dict[str, Any]:
-    """Return the settings of a stage; raise RunError where they need a stage that is missing."""
+    """Return a stage's settings; the stage that they follow from, if any, must be finished."""
+    if stage == "test":
+        return {"model_sha256": sha256(run.folder / "train" / "model.pt")}
     known = run.settings(stage)
 
     def chosen(name: str, default: Any) -> Any:
         given = getattr(options, name)
         return known.get(name, default) if given in (None, "auto") else given
 
-    if stage == "test":
-        return {"model_sha256": sha256(run.folder / "train" / "model.pt")}
     settings = {
         "seed": chosen("seed", 0),
         "precision": chosen("precision", model.resolve_precision("auto", run.device)),
     }
     if stage == "tune":
-        settings["schedule"] = chosen("schedule", "poster")
-        settings["retrain"] = chosen("retrain", False)
-        settings["space"] = {name: repr(sampler) for name, sampler in SPACE.items()}
-        return settings
-    settings["hyperparameters"] = chosen("hyperparameters", "poster")
+        return {
+            **settings,
+            "schedule": chosen("schedule", "poster"),
+            "retrain": chosen("retrain", False),
+            "space": {name: repr(sampler) for name, sampler in SPACE.items()},
+        }
+    name = chosen("hyperparameters", "poster")
     if known and options.hyperparameters is None:
-        h = hyperparameters_of(known)
+        h = hyperparameters_of(known)  # The file that they came from may have changed since.
     else:
-        h = named_hyperparameters(run.folder, settings["hyperparameters"])
-    h = replace(h, epochs=options.epochs or h.epochs)
-    settings |= asdict(h)
-    images = len(run.split.train)
+        h = named_hyperparameters(run.folder, name)
+    h = replace(h, epochs=options.epochs or known.get("epochs") or h.epochs)
+    settings |= {"hyperparameters": name, **asdict(h)}
+    num_images = len(run.split.train)
     if stage == "train":
         config = network_config(run.about, h)
-        compile = model.resolve_compile("auto", run.device, config, images, h.epochs)
-        settings["compile"] = chosen("compile", compile)
-    else:
-        settings["compare_max"] = min(chosen("compare_max", 10_000), images)
-        if settings["compare_max"] < 10:
-            raise RunError("fewer than 10 training images are too few to compare")
-    return settings
+        default = model.resolve_compile("auto", run.device, config, num_images, h.epochs)
+        return {**settings, "compile": chosen("compile", default)}
+    compare_max = min(chosen("compare_max", 10_000), num_images)
+    if compare_max < 10:
+        raise RunError("fewer than 10 training images are too few to compare")
+    return {**settings, "compare_max": compare_max}
 
 
 def hyperparameters_of(settings: dict[str, Any]) -> model.Hyperparameters:
@@ -538,6 +555,9 @@ def named_hyperparameters(folder: Path, name: str) -> model.Hyperparameters:
     try:
         found = json.loads(path.read_bytes())
         return model.Hyperparameters(**found.get("hyperparameters", found))
+    except FileNotFoundError:
+        names = ", ".join((*HYPERPARAMETERS, "tuned"))
+        raise RunError(f"{path} is missing: hyperparameters are {names} or a file") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} holds no hyperparameters: {error}") from None
 
@@ -558,25 +578,23 @@ def read_schedule(schedule: str) -> list[list[hyperband.Rung]]:
 
 STAGES = ("tune", "train", "test", "compare")
 DATA_DEFAULTS = {"split": "poster", "split_seed": 0, "pixels": "stretched"}
-KEYS = {  # Of a record's data and settings.
-    "data": [
-        "name",
-        "source",
-        "md5",
-        *DATA_DEFAULTS,
-        "shape",
-        "class_names",
-        "sizes",
-        "test_counts",
-    ],
-    "tune": ["seed", "precision", "schedule", "retrain", "space"],
-    "train": ["seed", "precision", "hyperparameters", *FIELDS, "compile"],
-    "test": ["model_sha256"],
-    "compare": ["seed", "precision", "hyperparameters", *FIELDS, "compare_max"],
+# The names in a record's "data", and in the "settings" of each stage, in order.
+DATA_TYPES = {
+    **dict.fromkeys(("name", "source", "md5", "split", "pixels"), str),
+    **dict.fromkeys(("shape", "class_names", "sizes", "test_counts"), list),
+    "split_seed": int,
+}
+TRAINING_TYPES = {"seed": int, "precision": str, "hyperparameters": str}
+TRAINING_TYPES |= dict.fromkeys(FIELDS, object)  # Hyperparameters check themselves.
+SETTING_TYPES = {
+    "tune": {"seed": int, "precision": str, "schedule": str, "retrain": bool, "space": dict},
+    "train": {**TRAINING_TYPES, "compile": str},
+    "test": {"model_sha256": str},
+    "compare": {**TRAINING_TYPES, "compare_max": int},
 }
 
 
-@dataclass(eq=False)
+@dataclass
 class Run:
     """A results folder, the images that it is about, and what decides how fast this process is.
 
@@ -597,7 +615,10 @@ class Run:
         return data.split(self.images, self.about["split"], self.about["split_seed"])
 
     def part(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return images as they go into the network, and labels, of an index array."""
+        """Return the images at an index array as they go into the network, and their labels.
+
+        The images are (n, H, W) or (n, H, W, C) uint8, the labels (n,) int64.
+        """
         images = self.images.images[index]
         if self.about["pixels"] == "stretched":
             images = data.stretch(images)
@@ -611,66 +632,75 @@ class Run:
 def once(run: Run, stage: Callable, settings: dict[str, Any]) -> None:
     """Do a stage in a folder of its own, which gets its name when everything in it is there."""
     name = stage.__name__
-    done, part = run.folder / name, run.folder / f"{name}.part"
-    refuse_other(run, {name: settings})
+    done = run.folder / name
+    part = run.folder / f"{name}.part"
+    # Again, as another command may have come between `announce` and the lock.
+    refuse_other_data(run)
+    refuse_other_settings(run, name, settings)
     if done.exists():
         print(f"{name:<8} done already", flush=True)
         return
-    record = {"data": run.about, "settings": settings, "environments": []}
-    record = read_records(run.folder).get(name, record)
+    begun = {"data": run.about, "settings": settings, "environments": []}
+    record = read_records(run.folder).get(name, begun)
     add_environment(record, run, name)
+    # The first file in the folder, so that whatever a kill leaves there is known to be ours.
     part.mkdir(exist_ok=True)
     metrics.write(part / "run.json", json_text(record))
     for figure, (source, *_) in metrics.FIGURES.items():
-        if source == name:  # An earlier result's, which is gone.
+        if source == name:  # It shows an earlier result, whose folder was removed.
             for path in (run.folder / "figures").glob(f"{figure}.*"):
                 path.unlink()
-    if "seconds" not in record:
+    if "seconds" not in record:  # Else a process was killed between here and the renaming.
         started = time.perf_counter()
         seconds = stage(run, part, settings)
+        # Only `train` knows the seconds of the processes before this one.
         record["seconds"] = seconds or time.perf_counter() - started
         metrics.write(part / "run.json", json_text(record))
-    for path in (part / "training.pt", part / "trials", *part.rglob("*.tmp")):
-        remove(path)
+    if (part / "trials").is_dir():
+        shutil.rmtree(part / "trials")
+    for path in (part / "training.pt", *part.rglob("*.tmp")):
+        path.unlink(missing_ok=True)
     metrics.write_sums(part)
     part.rename(done)
 
 
 def open_run(options: Namespace) -> Run:
-    """Settle folder, images and split; what the folder was made with is the default."""
+    """Return the run that a command works on; what its folder was made with is the default."""
+    device = model.resolve_device(options.device or "auto")  # Refused before any download.
     folder, images = find_folder(options)
     known = next((record["data"] for record in read_records(folder).values()), {})
-    if not known and not begins_run(options):
-        raise RunError(f"{folder} holds no run: do --stage all first, or name its --results")
+    if not begins_run(options) and not finished_records(folder):
+        advice = "do --stage all first, or name its --results"
+        raise RunError(f"{folder} holds no run with a finished stage: {advice}")
+    # Figures and report follow from the stages' folders.
     if images is None and {*STAGES} & {*options.stage}:
-        source = named_data(options) or known.get("source", "auto")
+        source = options.data or known.get("source", "auto")
         try:
             images = load_images(source, options)
         except data.DataError as error:
-            advice = "" if named_data(options) else "; give its new place by --data"
+            advice = "" if options.data else "; give its new place by --data"
             raise RunError(f"{error}{advice}") from None
-    device = model.resolve_device(options.device or "auto")
     # A container may use some of the cores only. A GPU is fastest with one trial at a time.
     workers = options.workers or (joblib.cpu_count() if device.type == "cpu" else 1)
     run = Run(folder, known, images, device, workers, options.dask)
     if images is not None:
-        about = {name: known.get(name, default) for name, default in DATA_DEFAULTS.items()}
-        about |= {n: getattr(options, n) for n in about if getattr(options, n) is not None}
-        if about["split"] == "official" and options.split_seed is not None:
+        given = {name: getattr(options, name) for name in DATA_DEFAULTS}
+        given = {name: value for name, value in given.items() if value is not None}
+        run.about = {**DATA_DEFAULTS, **known, **given}  # All that `describe_data` needs of it.
+        if run.about["split"] == "official" and "split_seed" in given:
             raise RunError("--split-seed has no effect on the official split: leave it out")
-        run.about = about
         run.about = describe_data(run)
     return run
 
 
 def open_finished(options: Namespace) -> Run:
-    """Settle the folder to verify, and its images if they are here or --data names them."""
+    """Return the run to verify, with its images if they are here or --data names them."""
     folder, images = find_folder(options)
     if not any((folder / stage).exists() for stage in STAGES):
         raise RunError(f"{folder} holds no finished stage: name the --results of a run")
-    records = read_records(folder, skip_damaged=True)
+    records = read_records(folder, skip_damaged=True)  # `check_records` names a damaged one.
     known = next((record["data"] for record in records.values()), {})
-    if images is None and named_data(options):
+    if images is None and options.data:
         images = load_images(options.data, options)
     elif images is None and known:
         with contextlib.suppress(data.DataError):
@@ -681,17 +711,16 @@ def open_finished(options: Namespace) -> Run:
 def find_folder(options: Namespace) -> tuple[Path, data.ImageData | None]:
     """Return the run's folder, and the images where it is named after them."""
     if options.results:
-        return Path(options.results).expanduser(), None
-    if named_data(options) or begins_run(options):
+        try:
+            return Path(options.results).expanduser(), None
+        except RuntimeError as error:  # There is no such user, or no home.
+            raise RunError(f"--results {options.results}: {error}") from None
+    if options.data or begins_run(options):
         images = load_images(options.data or "auto", options)
         return Path("results", images.name), images
+    # Without --data, --stage test, report or verify is about what --stage all has made here.
     places = [Path("results", name) for name in ("tissuemnist", "digits")]
-    return next((place for place in places if read_records(place)), places[0]), None
-
-
-def named_data(options: Namespace) -> str | None:
-    """Return the data that the command names, if it does."""
-    return None if options.data == "auto" else options.data
+    return next((place for place in places if place.exists()), places[0]), None
 
 
 def begins_run(options: Namespace) -> bool:
@@ -727,7 +756,7 @@ def describe_data(run: Run) -> dict[str, Any]:
 
 def network_config(about: dict, h: model.Hyperparameters, name: str = "PosterCNN") -> dict:
     """Return the `config` of `model.build` for a network of these images."""
-    _, size, _, *channels = about["shape"]
+    _, size, _, *channels = about["shape"]  # (N, H, W) or (N, H, W, C)
     return {
         "network": name,
         "num_features": h.num_features,
@@ -740,24 +769,28 @@ def network_config(about: dict, h: model.Hyperparameters, name: str = "PosterCNN
 
 def announce(run: Run, options: Namespace) -> None:
     """Refuse what cannot be done, before anything is written; print what will be done."""
+    # Other stages draw where they can; who asks for figures wants them.
     if "figures" in options.stage and importlib.util.find_spec("matplotlib") is None:
         raise RunError("figures need matplotlib: pip install -r requirements-figures.txt")
     print(f"results  {run.folder}")
     beside = "" if comparable(run.about) else "; not comparable with the poster"
     print(f"data     {run.about['source']}: {description(run.about)}{beside}", flush=True)
-    refuse_other(run, {})
-    for stage in [stage for stage in STAGES if stage in options.stage]:
+    refuse_other_data(run)
+    for stage in STAGES:
+        if stage not in options.stage:
+            continue
         hyperparameters = options.hyperparameters or run.settings(stage).get("hyperparameters")
         needed = needed_stage(stage, hyperparameters)
         if needed and not (run.folder / needed).exists():
+            # Settings that follow from its outcome are not known yet; `once` looks at them.
             if needed not in options.stage:
                 raise RunError(f"{run.folder} has no finished {needed}: do --stage {needed} first")
             print(f"{stage:<8} after {needed}", flush=True)
             continue
         settings = settings_of(run, stage, options)
-        refuse_other(run, {stage: settings})
-        shown = ", ".join(f"{n} {v}" for n, v in settings.items() if n not in OPTIONS)
-        print(f"{stage:<8} {shown}", flush=True)
+        refuse_other_settings(run, stage, settings)
+        shown = [f"{name} {value}" for name, value in settings.items() if name not in OPTION_OF]
+        print(f"{stage:<8} {', '.join(shown) or 'of train/model.pt'}", flush=True)
     if run.dask and not (run.folder / "tune").exists():
         dask_client(run.dask).close()  # Raises where there is none.
 
@@ -769,12 +802,8 @@ def needed_stage(stage: str, hyperparameters: str | None) -> str | None:
     return "tune" if stage != "tune" and hyperparameters == "tuned" else None
 
 
-def refuse_other(run: Run, wanted: dict[str, dict[str, Any]]) -> None:
-    """Raise RunError where the folder has other data, or a stage other settings than wanted.
-
-    `wanted` has settings by stage. A folder of other files, or one whose stage lacks the stage that
-    it was made from, is refused as well.
-    """
+def refuse_other_data(run: Run) -> None:
+    """Raise RunError where the folder has other files, other data, or lacks a stage it needs."""
     records = read_records(run.folder)
     ours = {"figures", "report.md", *(f"{stage}.part" for stage in STAGES)}
     foreign = {path.name for path in run.folder.glob("[!.]*")} - ours
@@ -785,18 +814,27 @@ def refuse_other(run: Run, wanted: dict[str, dict[str, Any]]) -> None:
         needed = needed_stage(stage, record["settings"].get("hyperparameters"))
         if needed and not (run.folder / needed).exists():
             raise RunError(f"{place} was made with a {needed} that is gone: remove it as well")
-        again = f"remove {place} to do it again"
-        for known, given, advice in (
-            (record["data"], run.about, "choose another --results"),
-            (record["settings"], wanted.get(stage, {}), again),
-        ):
-            name = difference(known, given)
-            if name:
-                values = f"{name} {known[name]!r:.60}, not {given[name]!r:.60}"
-                option = OPTIONS.get(name, name)
-                if option:
-                    advice = f"leave out --{option.replace('_', '-')} to go on, or {advice}"
-                raise RunError(f"{place} was made with {values}: {advice}")
+        refuse_difference(place, record["data"], run.about, "choose another --results")
+
+
+def refuse_other_settings(run: Run, stage: str, settings: dict[str, Any]) -> None:
+    """Raise RunError where a stage, finished or begun, was made with other settings."""
+    place = stage_folder(run.folder, stage)
+    if place is not None:
+        advice = f"remove {place} to do it again, or choose another --results"
+        refuse_difference(place, run.settings(stage), settings, advice)
+
+
+def refuse_difference(place: Path, known: dict, given: dict, advice: str) -> None:
+    """Raise RunError where a stage was made with other values than the command's."""
+    name = difference(known, given)
+    if name is None:
+        return
+    option = OPTION_OF.get(name, name)
+    if option:
+        advice = f"leave out --{option.replace('_', '-')} to go on, or {advice}"
+    values = f"{name} {known[name]!r:.60}, not {given[name]!r:.60}"
+    raise RunError(f"{place} was made with {values}: {advice}")
 
 
 def difference(known: dict[str, Any], given: dict[str, Any]) -> str | None:
@@ -811,10 +849,12 @@ def difference(known: dict[str, Any], given: dict[str, Any]) -> str | None:
 
 
 def stage_folder(folder: Path, stage: str) -> Path | None:
-    """Return a stage's folder, finished or begun; None where there is none with files of ours."""
-    done, part = folder / stage, folder / f"{stage}.part"
+    """Return a stage's folder, finished or begun; None where it is neither."""
+    done = folder / stage
+    part = folder / f"{stage}.part"
     if done.exists():
         return done
+    # With nothing but an unfinished run.json.tmp in it, the stage was not begun.
     if part.exists() and any(path.suffix != ".tmp" for path in part.iterdir()):
         return part
     return None
@@ -833,11 +873,14 @@ def read_records(folder: Path, skip_damaged: bool = False) -> dict[str, dict[str
         path = place / "run.json"
         try:
             record = json.loads(path.read_bytes())
-            settings = record["settings"]
+            about, settings = record["data"], record["settings"]
             is_whole = (
-                [*record["data"]] == KEYS["data"]
-                and record["data"]["split"] in ("poster", "official")
-                and [*settings] == KEYS[stage]
+                has_types(about, DATA_TYPES)
+                and {type(n) for n in about["shape"] + about["sizes"] + about["test_counts"]}
+                == {int}
+                and {type(name) for name in about["class_names"]} == {str}
+                and about["split"] in ("poster", "official")
+                and has_types(settings, SETTING_TYPES[stage])
                 and record["environments"][-1]["device"]
                 and record.get("seconds", place.suffix == ".part") > 0
             )
@@ -847,7 +890,7 @@ def read_records(folder: Path, skip_damaged: bool = False) -> dict[str, dict[str
                 hyperparameters_of(settings)
         except FileNotFoundError:
             raise RunError(f"{place} has no run.json, so it is not ours: move it away") from None
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             is_whole = False
         if is_whole:
             records[stage] = record
@@ -856,22 +899,22 @@ def read_records(folder: Path, skip_damaged: bool = False) -> dict[str, dict[str
     return records
 
 
+def has_types(values: dict[str, Any], types: dict[str, type]) -> bool:
+    """Return whether values have these names, and no others, and these types."""
+    if values.keys() != types.keys():
+        return False
+    return all(isinstance(values[name], kind) for name, kind in types.items())
+
+
 def add_environment(record: dict[str, Any], run: Run, stage: str) -> None:
     """Add to a record where this process runs, if that differs from the last process."""
-    # Another repository's GIT_DIR, as a git hook has it, does not concern this one.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit, here = "", Path(__file__).resolve().parent
-    with contextlib.suppress(OSError):  # There may be no git.
-        described = subprocess.run(git, capture_output=True, text=True, cwd=here, env=own)
-        commit = described.stdout.strip()
     environment = {
         **model.environment(run.device),
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "scikit-learn": version("scikit-learn"),
         "platform": platform.platform(),
-        "git_commit": commit or None,
+        "git_commit": git_commit(),
     }
     if stage == "tune":
         environment["trials"] = f"on {run.dask}" if run.dask else f"by {run.workers} workers"
@@ -880,6 +923,19 @@ def add_environment(record: dict[str, Any], run: Run, stage: str) -> None:
         warnings.warn(f"{stage} was begun with the code of another commit", stacklevel=2)
     if environment not in environments[-1:]:
         environments.append(environment)
+
+
+def git_commit() -> str | None:
+    """Return the commit of this program's code, "-dirty" where files differ; None without git."""
+    # Another repository's GIT_DIR, as a git hook has it, does not concern this one.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(words, capture_output=True, text=True, cwd=here, env=own)
+    except OSError:  # git is not installed.
+        return None
+    return described.stdout.strip() or None
 
 
 @contextlib.contextmanager
@@ -895,14 +951,6 @@ def locked(folder: Path) -> Iterator[None]:
         except (ImportError, OSError):  # Windows, or a file system without locks.
             pass
         yield
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -925,6 +973,7 @@ def draw_figures(run: Run) -> None:
         return
     drawn = metrics.draw(run.folder, POSTER if comparable(run.about) else None)
     if run.images is not None:
+        # Eight images of each class, one row per class.
         first = [np.flatnonzero(run.images.labels == k)[:8] for k in range(run.images.num_classes)]
         stem = run.folder / "figures" / "samples"
         metrics.draw_samples(*run.part(np.concatenate(first)), run.about["class_names"], stem)
@@ -935,7 +984,10 @@ def draw_figures(run: Run) -> None:
 def write_report(run: Run) -> None:
     """Write report.md."""
     folder = run.folder
-    drawn = [name for name in metrics.FIGURES if (folder / "figures" / f"{name}.png").exists()]
+    drawn = []
+    for name, (stage, *_) in metrics.FIGURES.items():
+        if (folder / stage).exists() and (folder / "figures" / f"{name}.png").exists():
+            drawn.append(name)
     metrics.write(folder / "report.md", report_text(folder, drawn))
     print(f"report   {folder / 'report.md'}", flush=True)
 
@@ -943,7 +995,7 @@ def write_report(run: Run) -> None:
 def report_text(folder: Path, pictures: Sequence[str]) -> str:
     """Return the text of report.md, which follows from the stages' folders and shows `pictures`."""
     records = finished_records(folder)
-    about = next(iter(read_records(folder).values()))["data"]
+    about = next(record["data"] for record in records.values())
     parts = [f"# {about['name']}: a run of the poster's chain", f"{description(about)}."]
     for name, title in (
         ("test/table.csv", "Results (95 % intervals: bootstrap over the test images)"),
@@ -985,8 +1037,9 @@ def command(stage: str, record: dict[str, Any]) -> str:
     options = {"data": about["source"], **{name: about[name] for name in DATA_DEFAULTS}}
     if about["split"] == "official":
         del options["split_seed"]
-    options |= {name: value for name, value in settings.items() if name not in OPTIONS}
+    options |= {name: value for name, value in settings.items() if name not in OPTION_OF}
     options["device"] = record["environments"][-1]["device"]
+    # Another folder, as in this one the stage is done.
     options["results"] = f"results/{about['name']}-again"
     words = ["python", "reproduce.py", "--stage", stage]
     for name, value in options.items():
@@ -1019,15 +1072,16 @@ def show_results(run: Run, options: Namespace) -> None:
 
 def compare_with_reference(run: Run) -> None:
     """Print how many predictions are those of our run in results/reference, if it is like this."""
-    ours = REFERENCE / run.about["name"]
-    if not (ours / "test").exists():
+    reference = REFERENCE / run.about["name"]
+    if not (reference / "test").exists():
         return
-    theirs, this = (finished_records(folder)["train"] for folder in (ours, run.folder))
-    is_like = hyperparameters_of(theirs["settings"]) == hyperparameters_of(this["settings"])
-    if is_like and difference(theirs["data"], this["data"]) is None:
-        paths = (folder / "test" / "predictions.csv" for folder in (ours, run.folder))
+    ours = finished_records(reference)["train"]
+    users = finished_records(run.folder)["train"]
+    is_like = hyperparameters_of(ours["settings"]) == hyperparameters_of(users["settings"])
+    if is_like and difference(ours["data"], users["data"]) is None:
+        paths = (folder / "test" / "predictions.csv" for folder in (reference, run.folder))
         first, second = (metrics.read_predictions(path).predicted for path in paths)
-        print(f"\n{(first == second).sum()} of {len(first)} predictions are those of {ours}")
+        print(f"\n{(first == second).sum()} of {len(first)} predictions are those of {reference}")
 
 
 # ---- verify --------------------------------------------------------------------------------------
@@ -1051,9 +1105,10 @@ def check_records(run: Run) -> None:
         needed = needed_stage(stage, name)
         if needed and needed not in records:
             raise RunError(f"{path}: {stage} was made with a {needed} that is not here")
-        if stage == "test" and settings != settings_of(run, "test", None):
+        model_path = run.folder / "train" / "model.pt"
+        if stage == "test" and settings["model_sha256"] != sha256(model_path):
             raise RunError(f"{path}: the test is not of train/model.pt")
-        if name in (*HYPERPARAMETERS, "tuned"):  # Else it is a file of the user's own.
+        if name in (*HYPERPARAMETERS, "tuned"):  # Else it is a file of the user, maybe elsewhere.
             named = replace(named_hyperparameters(run.folder, name), epochs=settings["epochs"])
             if hyperparameters_of(settings) != named:
                 raise RunError(f"{path}: the values are not those of {name}")
@@ -1098,6 +1153,7 @@ def check_training(run: Run) -> None:
 def check_validation(run: Run) -> None:
     """Check that the last epoch's validation loss and accuracy are model.pt's."""
     folder, path = run.folder / "train", run.folder / "train" / "history.csv"
+    # A changed run.json may have any text as its precision.
     tolerance = VALIDATION_TOLERANCE.get(run.settings("train")["precision"], 0)
     network = model.load_network(folder / "model.pt")
     images, labels = run.part(run.split.valid)
@@ -1115,16 +1171,17 @@ def check_predictions(run: Run) -> None:
     places = find_images(run, stored.ids, path)
     images, _ = run.part(np.array([equal[0] for equal in places]))
     network = model.load_network(run.folder / "train" / "model.pt")
-    logits = model.predict(network, images, device=run.device).numpy()
+    logits = model.predict(network, images, device=run.device).numpy()  # (N, classes) float32
     if logits.shape != stored.logits.shape:
         raise RunError(f"{path}: logits of shape {stored.logits.shape}, model.pt's {logits.shape}")
+    # Sums of another order, on another processor, differ in proportion to their largest terms.
     tolerance = LOGIT_TOLERANCE * max(1, np.abs(logits).max())
     is_near = (np.abs(logits - stored.logits) <= tolerance).all(axis=1)
-    for k, equal in enumerate(places):
-        if stored.labels[k] not in run.images.labels[equal]:
-            raise RunError(f"{path}: row {k + 2}: the label is not the image's")
-        if not is_near[k]:
-            raise RunError(f"{path}: row {k + 2}: the logits are not model.pt's")
+    for row, equal in enumerate(places):  # Their file's first row is the header.
+        if stored.labels[row] not in run.images.labels[equal]:
+            raise RunError(f"{path}: row {row + 2}: the label is not the image's")
+        if not is_near[row]:
+            raise RunError(f"{path}: row {row + 2}: the logits are not model.pt's")
 
 
 def find_images(run: Run, ids: np.ndarray, path: Path) -> list[list[int]]:
@@ -1134,9 +1191,10 @@ def find_images(run: Run, ids: np.ndarray, path: Path) -> list[list[int]]:
     """
     if run.images.md5 == run.about["md5"]:
         expected = data.ids(run.images.images[run.split.test]).tolist()
-        for row, pair in enumerate(itertools.zip_longest(ids.tolist(), expected), 2):
-            if pair[0] != pair[1]:
-                raise RunError(f"{path}: row {row}: id {pair[0]}, the split has {pair[1]}")
+        pairs = itertools.zip_longest(ids.tolist(), expected)
+        for row, (stored_id, split_id) in enumerate(pairs, 2):  # Row 1 is the header.
+            if stored_id != split_id:
+                raise RunError(f"{path}: row {row}: id {stored_id}, the split has {split_id}")
         return [[place] for place in run.split.test]
     places: dict[str, list[int]] = {}
     for place, image_id in enumerate(data.ids(run.images.images).tolist()):
@@ -1165,7 +1223,10 @@ def check_tables(run: Run) -> None:
 def check_report(run: Run) -> None:
     """Check that report.md follows from the stages' folders."""
     path = run.folder / "report.md"
+    if not path.exists():  # As after an interruption.
+        raise RunError(f"{path} is missing: --stage report writes it")
     stored = path.read_bytes()
+    # Figures may have been drawn, or not, since the report was written.
     pictures = [name for name in metrics.FIGURES if f"(figures/{name}.png)".encode() in stored]
     if stored != report_text(run.folder, pictures).encode("utf-8", "backslashreplace"):
         raise RunError(f"{path}: not what --stage report writes")
@@ -1178,8 +1239,9 @@ def check_files(run: Run) -> None:
             metrics.check_sums(run.folder / stage)
 
 
-# Each check, the stage that it is about if it is about one, and what it needs beside the folder:
-# any images that may have the run's, the run's own split of them, or the run's own file.
+# Each check, the stage that it is about (None: all of them), and what it needs beside the folder:
+# "images", a file that may have the test images, in any order; "split", a file whose split has them
+# as its test images; "file", the run's own file.
 CHECKS = (
     (check_records, None, None),
     (check_data, None, "file"),
@@ -1199,7 +1261,8 @@ def verify(run: Run) -> bool:
     for stage in STAGES:
         if (run.folder / f"{stage}.part").exists():
             print(f"-        {stage}.part is not finished: not checked")
-    missing, num_wrong, num_left_out = missing_evidence(run), 0, 0
+    missing = missing_evidence(run)
+    num_wrong = num_left_out = 0
     # Without any whole record, there is nothing to check the other files against.
     for check, stage, needed in CHECKS if run.about else (CHECKS[0], CHECKS[-1]):
         if stage and not (run.folder / stage).exists():
@@ -1217,7 +1280,7 @@ def verify(run: Run) -> bool:
 
 
 def missing_evidence(run: Run) -> dict[str, str]:
-    """Return what of images, split and file is not here, and why."""
+    """Return which of "images", "split" and "file", as CHECKS has them, is not here, and why."""
     images, about = run.images, run.about
     if images is None:
         return dict.fromkeys(("images", "split", "file"), "the images are not here; give --data")
@@ -1278,36 +1341,42 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     add("--stage", nargs="+", choices=choices, default=["all"], help=text, metavar="STAGE")
     add("--results", metavar="DIR", help="folder of the run; default: results/NAME of the data")
 
-    add = parser.add_argument_group("data; default: what the folder was made with").add_argument
-    text = f"digits; {', '.join(data.MEDMNIST)}; FILE.npz in MedMNIST's layout; default: "
-    add("--data", metavar="SOURCE", help=text + "tissuemnist, offline digits")
-    add("--root", metavar="DIR", default="~/.medmnist", help="where downloads are kept")
-    text = "60/15/25 %% by content (default), or the file's own"
+    add = parser.add_argument_group("data (default: as the folder was made)").add_argument
+    text = f"digits, {', '.join(data.MEDMNIST)}, or FILE.npz in MedMNIST's layout; default: "
+    add("--data", metavar="SOURCE", help=text + "tissuemnist; offline digits")
+    text = "folder of downloads; default: ~/.medmnist"
+    add("--root", metavar="DIR", default="~/.medmnist", help=text)
+    text = "poster (default): 60/15/25 %% for training/validation/test; official: the file's own"
     add("--split", choices=("poster", "official"), help=text)
-    add("--split-seed", help="of the poster's split; default: 0", **seed)
-    text = "each image's grey values stretched to 0..255 (default), as the authors' were, or raw"
-    add("--pixels", choices=("stretched", "raw"), help=text)
+    add("--split-seed", help="random seed of the poster's split; default: 0", **seed)
+    text = "stretched (default): each image's grey values to 0..255, as the authors' were; raw: "
+    add("--pixels", choices=("stretched", "raw"), help=text + "as the file has them")
 
-    add = parser.add_argument_group("search").add_argument
-    text = "poster (default): its one bracket; R,ETA such as 81,3: all of Hyperband's"
+    add = parser.add_argument_group("search (default: as it was begun)").add_argument
+    text = "poster (default): its one bracket; R,ETA such as 81,3: all brackets of Hyperband"
     add("--schedule", metavar="poster|R,ETA", help=text)
-    text = "train every rung from scratch instead of from the last one"
+    text = "train the survivors of a rung from scratch; default: go on from their last epoch"
     add("--retrain", action="store_const", const=True, help=text)
-    add("--workers", help="trials at a time; default: one per core, or 1 on a GPU", **count)
-    add("--dask", metavar="tcp://HOST:PORT", help="run trials on this scheduler's cluster")
+    text = "trials at a time; default: one per core; on a GPU 1"
+    add("--workers", help=text, **count)
+    text = "run the trials on the Dask cluster of this scheduler"
+    add("--dask", metavar="tcp://HOST:PORT", help=text)
 
-    add = parser.add_argument_group("training").add_argument
-    text = "poster (default), authors (16 digits), tuned (the search's best) or a file of yours"
+    add = parser.add_argument_group("training (default: as it was begun)").add_argument
+    text = "poster (default): as printed; authors: with 16 digits; tuned: best of this folder's "
+    text += "search; or a JSON file of yours, such as another folder's best.json"
     add("--hyperparameters", metavar="NAME|FILE.json", help=text)
-    add("--epochs", help="default: the hyperparameters', 100", **count)
-    text = "of search, weights, order of the images and dropout; default: 0"
+    text = "epochs of training; default: those of the hyperparameters, the poster's 100"
+    add("--epochs", help=text, **count)
+    text = "random seed of search, weights, order of the images and dropout; default: 0"
     add("--seed", help=text, **seed)
-    add("--device", help="auto (default), cpu, cuda, cuda:1, ...")
+    add("--device", help="auto (default): a GPU where there is one; cpu, cuda, cuda:1, ...")
     text = "auto (default): fp16 on a GPU, bf16 on a CPU that has it, else fp32"
     add("--precision", choices=model.PRECISIONS, help=text)
     text = "compile the training step; auto (default): on a CPU, where training takes minutes"
     add("--compile", choices=model.COMPILE, help=text)
-    add("--compare-max", help="most training images of compare; default: 10000", **count)
+    text = "most training images of compare; default: 10000"
+    add("--compare-max", help=text, **count)
 
     options = parser.parse_args(argv)
     if "all" in options.stage:
@@ -1319,10 +1388,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
                 parser.error(f"{option} has no effect on --stage {' '.join(options.stage)}")
     if "" in (options.results, options.data):
         parser.error("--results and --data need a name: is a variable empty?")
+    if options.data == "auto":  # What data.py calls the default, too.
+        options.data = None
     if options.dask and (options.workers or not re.fullmatch(r"\w+://.+:\d+", options.dask)):
         parser.error("--dask takes tcp://HOST:PORT, and no --workers beside it")
     if options.schedule:
-        read_schedule(options.schedule)  # Raises where it is none.
+        read_schedule(options.schedule)  # Raises where it is none, before any image is loaded.
     return options
 
 

@@ -204,6 +204,20 @@ def test_what_is_not_given_is_as_the_stage_was_begun(tiny, tmp_path):
     run("--stage tune", *twice)
     assert contents(tmp_path / "twice") == contents(tmp_path / "once")
     assert wrong(tmp_path / "twice") == []
+    assert "done already" in run("--stage train --hyperparameters authors", *twice)  # 2 epochs
+
+
+def test_the_report_is_about_finished_stages(finished, tiny, tmp_path):
+    interrupt("--stage train --data", tiny, BRIEF, "--epochs 2 --results", tmp_path / "begun")
+    for stage in ("report", "verify"):
+        assert "finished stage" in refused("--stage", stage, "--results", tmp_path / "begun")
+    (finished / "figures").mkdir()
+    for name in ("roc", "history"):
+        (finished / "figures" / f"{name}.png").touch()
+    (finished / "test").rename(tmp_path / "test")
+    run("--stage report --results", finished)
+    text = (finished / "report.md").read_text()
+    assert "figures/history.png" in text and "figures/roc.png" not in text
 
 
 def test_tuned_hyperparameters_are_the_searchs(tiny, tmp_path):
@@ -534,6 +548,9 @@ ALL = "*/run.json"
         (ALL, '"split_seed": 0', '"split_seed": 1', "test/predictions.csv: row 2: id"),
         (ALL, '"stretched"', '"raw"', "train/model.pt: "),
         (ALL, '"split": "poster"', '"split": "other"', "/run.json: "),
+        (ALL, r'"source": ".*"', '"source": 3', "/run.json: damaged"),
+        (ALL, r'"shape": \[\n +(\d+)', r'"shape": ["\1"', "/run.json: damaged"),
+        ("tune/run.json", '"seed": 0', '"seed": []', "tune/run.json: damaged"),
     ],
 )
 def test_verify_finds_a_change_that_the_checksums_hide(finished, name, old, new, expected):
@@ -660,6 +677,7 @@ def test_a_checkout_does_not_convert_the_committed_results(tmp_path):
         ("--seed -1", "no whole number from 0"),
         ("--seed 4294967296", "no whole number"),
         ("--results=", "is a variable empty"),
+        ("--results=~no-such-user/x", "--results ~no-such-user/x: Could not determine"),
         ("--data digits --split official --split-seed 3", "no effect on the official split"),
         ("--data digits --split official", "no official split"),
         ("--data digits --device tpu", "tpu"),
