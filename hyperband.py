@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         if words in (["-h"], ["--help"]):
-            print(__doc__, flush=True)
+            print(__doc__ or "hyperband.py [R [eta]]", flush=True)
             return 0
         if len(words) > 2:
             raise SearchError("expected R and eta at most")

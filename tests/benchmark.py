@@ -68,7 +68,7 @@ def elsewhere(function, *arguments):
 
 @cache
 def textbook(device, precision):
-    """Give data, network and what trains it as a tutorial has them."""
+    """Return data, network and what trains it, as a tutorial has them."""
     images, labels = random_images(50_000)
     images = torch.from_numpy(images)[:, None].float() / 255
     network = model.build({}).to(device)
@@ -96,7 +96,7 @@ def textbook_epoch(device, precision, num_train, num_valid):
 
 
 def convolutions(options, steps):
-    """Give what runs the network's convolutions forward and backward, and nothing else."""
+    """Return a function that runs the convolutions forward and backward, and nothing else."""
     like = {"dtype": DTYPES[options.precision], "memory_format": torch.channels_last}
     layers, x = [], torch.randn(128, 1, 28, 28).to(options.device, **like)
     for layer in model.build({}).to(options.device, **like).features:
