@@ -1066,7 +1066,7 @@ def show_results(run: Run, options: Namespace) -> None:
             print(f"\n{metrics.csv_table(run.folder / 'test' / name)}", end="")
     if "test" in options.stage:
         compare_with_reference(run)
-    if run.about["source"] == "digits" and options.data != "digits":
+    if run.about["source"] == "digits" and options.data is None and begins_run(options):
         print("NOTE: these are scikit-learn's digits, which stand in for the poster's images")
 
 
@@ -1335,8 +1335,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     seed = {"metavar": "N", "type": partial(whole_number, 0)}
 
     add = parser.add_argument_group("what to do").add_argument
-    text = "one or more of tune train test compare figures report verify; all (default): all but "
-    text += "compare; done in this order"
+    text = "one or more of tune train test compare figures report verify, done in this order; all "
+    text += "(default): tune train test report verify"
     choices = (*STAGES, "figures", "report", "verify", "all")
     add("--stage", nargs="+", choices=choices, default=["all"], help=text, metavar="STAGE")
     add("--results", metavar="DIR", help="folder of the run; default: results/NAME of the data")
