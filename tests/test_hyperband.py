@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -269,10 +268,12 @@ def test_an_interrupt_waits_for_no_trial():
         ended.append(number_of(folder))
         return 0.0
 
+    def on_trial(trial, replayed):
+        raise KeyboardInterrupt
+
     with ThreadPoolExecutor(2) as pool:
-        keep = {"executor": pool, "on_trial": lambda *_: signal.raise_signal(signal.SIGINT)}
         with pytest.raises(KeyboardInterrupt) as caught:
-            search(objective, SPACE, [[Rung(9, 1)]], **keep)
+            search(objective, SPACE, [[Rung(9, 1)]], executor=pool, on_trial=on_trial)
         assert ended == [0]
         leave.set()
     assert {*ended} <= {0, 1, 2}  # two workers: the others were cancelled
