@@ -395,6 +395,8 @@ def _summary(image_data: ImageData) -> str:
     lines = [f"{field:<9} {getattr(image_data, field)}" for field in ("name", "source", "md5")]
     lines.append(f"images    uint8 {images.shape}")
     lines.append(f"mean grey {images.mean():.2f} raw, {stretch(images).mean():.2f} stretched")
+    maxima = images.max(axis=tuple(range(1, images.ndim)))
+    lines.append(f"brightest {maxima.mean():.2f} raw, mean of the images' maxima")
     for name in ("poster", "official"):
         with contextlib.suppress(DataError):  # a split that this set does not have
             sizes = map(len, split(image_data, name))

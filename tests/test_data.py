@@ -495,6 +495,7 @@ def test_alone_in_an_empty_folder(tmp_path, monkeypatch):
     path = write(tmp_path / "café.npz")
     images = np.concatenate([made for name, made in arrays().items() if "images" in name])
     stretched = [stretched_by_hand(image) for image in images]
+    brightest = np.mean([image.max() for image in images])
 
     def run(words):
         options = dict(cwd=tmp_path, shell=True, capture_output=True, text=True)
@@ -508,6 +509,7 @@ def test_alone_in_an_empty_folder(tmp_path, monkeypatch):
         f"md5       {hashlib.md5(path.read_bytes()).hexdigest()}",
         "images    uint8 (16, 8, 8)",
         f"mean grey {images.mean():.2f} raw, {np.mean(stretched):.2f} stretched",
+        f"brightest {brightest:.2f} raw, mean of the images' maxima",
         "poster    9 train, 3 valid, 4 test",
         "official  8 train, 4 valid, 4 test",
         *(f"class {k}          4  25.0%  class {k}" for k in range(4)),
