@@ -673,7 +673,7 @@ def draw_roc(folder: str | Path, stem: str | Path, reference: str | Path | None 
         raise MetricsError(f"{folder}: names, counts, curves and reference differ in their classes")
     columns = min(len(curves), 4)
     rows = math.ceil(len(curves) / columns)
-    size = 0.4 + 1.75 * columns, 0.6 + 1.95 * rows
+    size = 0.4 + 1.75 * columns, 0.6 + 2.1 * rows
     with _figure(stem, *size, nrows=rows, ncols=columns, sharex=True, sharey=True) as panels:
         for axes in panels[len(curves) :]:
             axes.remove()
