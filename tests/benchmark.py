@@ -19,14 +19,12 @@ from timeit import timeit
 
 import joblib
 import numpy as np
-import sklearn.metrics
 import torch
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-import metrics
 import model
 import reproduce
 
@@ -170,37 +168,6 @@ def search(options):
     print_row(what + "retraining (162 epochs) / continuing (117)", one, again)
 
 
-def test(options):
-    rng, labels = np.random.RandomState(0), np.arange(50_000) % 8
-    logits = (rng.randn(50_000, 8) + np.eye(8)[labels]).astype(np.float32)
-    predicted = logits.argmax(1)
-    ids = np.array([f"{i:016x}" for i in range(50_000)])
-    predictions = metrics.Predictions(ids, labels, predicted, logits)
-    matrix = metrics.confusion(labels, predicted, 8)
-
-    def ours():
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "predictions.csv").write_text(metrics.predictions_text(predictions))
-            for name, table in metrics.tables(predictions, "01234567").items():
-                Path(folder, Path(name).name).write_text(metrics.csv_text(*table))
-
-    def theirs():
-        sklearn.metrics.classification_report(labels, predicted)
-        sklearn.metrics.confusion_matrix(labels, predicted)
-        for k in range(8):
-            sklearn.metrics.roc_curve(labels == k, logits[:, k])
-            sklearn.metrics.roc_auc_score(labels == k, logits[:, k])
-
-    def resample():
-        for chosen in rng.randint(0, 50_000, (20, 50_000)):
-            metrics.summary(labels[chosen], predicted[chosen], 8)
-
-    what = "figures, intervals and files of 50,000 predictions: ours / scikit-learn's figures alone"
-    print_row(what, *pair(options, ours, theirs), inverse=True)
-    drawn, loop = pair(options, lambda: metrics.bootstrap_intervals(matrix), resample)
-    print_row("10,000 bootstrap replicates: resampling in a loop / ours", drawn, loop * 10_000 / 20)
-
-
 def peak_memory(path):
     status = Path("/proc/self/status")  # Linux; getrusage's peak has the parent process's in it
     before, images = status.read_text(), data.load(path)
@@ -226,8 +193,14 @@ def gpu(options):
         print(f"| the poster's 100 epochs of 120,000 + 30,000 | {took:.4g} |  |  |")
 
 
-ROWS = {"step": step, "epoch": epoch, "predict": predict, "search": search, "metrics": test}
-ROWS |= {"data": load, "gpu": gpu}
+ROWS = {
+    "step": step,
+    "epoch": epoch,
+    "predict": predict,
+    "search": search,
+    "data": load,
+    "gpu": gpu,
+}
 
 
 def parse(argv):

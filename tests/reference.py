@@ -1,0 +1,84 @@
+"""Compute again what README says of results/reference/tissuemnist and no stage writes.
+
+    python tests/reference.py seeds DATA   all seeds' networks on seed 0's test images
+    python tests/reference.py search DATA  the search's best and the poster's hyperparameters, each
+                                           trained on the search's images to its last rung
+
+DATA is tissuemnist or a file of the same images in any order.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import metrics
+import model
+import reproduce
+
+RUN = reproduce.REFERENCE / "tissuemnist"
+
+
+def seeds(images):
+    """Print a table like seeds.csv: the images that seed 0's predictions name, by all networks."""
+    test = metrics.read_predictions(RUN / "test" / "predictions.csv")
+    rows = {name: row for row, name in enumerate(data.ids(images.images))}
+    if missing := {*test.ids} - {*rows}:
+        raise data.DataError(f"{images.source} lacks {len(missing):,} of our test images")
+    pixels = data.stretch(images.images[[rows[name] for name in test.ids]])
+    found = []
+    print("accuracy, macro F1, recall and precision, mean AUC of raw logits")
+    for folder in (RUN, *sorted(RUN.glob("seed-*"))):
+        logits = model.predict(model.load_network(folder / "train" / "model.pt"), pixels).numpy()
+        figures = metrics.summary(test.labels, logits.argmax(1), images.num_classes)
+        areas = [curve.auc for curve in metrics.roc_curves(test.labels, logits)]
+        found.append([*figures.values(), np.mean(areas)])
+        print(f"{folder.name:<11}", *(f"{value:.4f}" for value in found[-1]))
+    for name, row in (("mean", np.mean(found, 0)), ("std", np.std(found, 0, ddof=1))):
+        print(f"{name:<11}", *(f"{value:.4f}" for value in row))
+
+
+def search(images):
+    """Print the validation loss and accuracy of both trainings, done as `reproduce.tune` does."""
+    record = json.loads((RUN / "tune" / "run.json").read_bytes())
+    best = json.loads((RUN / "tune" / "best.json").read_bytes())
+    options = {name: record["settings"][name] for name in ("seed", "precision")}
+    split = data.poster_split(images.images, record["data"]["split_seed"])
+    split = data.tuning_split(split, reproduce.TUNING_IMAGES, options["seed"])
+    arrays = []
+    for index in (split.train, split.valid):
+        arrays += [data.stretch(images.images[index]), images.labels[index]]
+    print(f"{'best.json':<12} loss {best['loss']:.4f}")
+    hyperparameters = {"again": best["hyperparameters"], "the poster's": asdict(model.POSTER)}
+    for name, values in hyperparameters.items():
+        h = replace(model.Hyperparameters(**values), epochs=best["resource"])
+        with model.one_thread():
+            network = model.build(reproduce.network_config(record["data"], h), options["seed"])
+            last = model.fit(network, *arrays, h, compile="off", **options)[-1]
+        print(f"{name:<12} loss {last.valid_loss:.4f}, accuracy {last.valid_accuracy:.4f}")
+
+
+def parse(argv):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("seeds", "search"))
+    parser.add_argument("data", metavar="DATA", help="tissuemnist, or a file of the same images")
+    return parser.parse_args(argv)
+
+
+def main():
+    options = parse(None)
+    try:
+        {"seeds": seeds, "search": search}[options.what](data.load(options.data))
+    except reproduce.ERRORS as error:
+        sys.exit(f"reference.py: error: {metrics.describe(error)}")
+
+
+if __name__ == "__main__":
+    main()
