@@ -129,16 +129,16 @@ def train(options, compile, num_train, num_valid, *others):
 
 def step(options):
     steps = 390 if options.device.type == "cuda" else 100  # an epoch; a validation comes on top
-    what, alone = "training step of 128 images, ", convolutions(options, steps)
+    what, alone = "training step of 128 images: ", convolutions(options, steps)
     times = train(options, "on", 128 * steps, 2, alone) / steps
-    print_row(what + "compiled: textbook / ours", *times[:2])
-    print_row(what + "compiled: ours / convolutions", *times[::2], inverse=True)
+    print_row(what + "textbook / ours, compiled", *times[:2])
+    print_row(what + "ours, compiled / convolutions", *times[::2], inverse=True)
     times = train(options, "off", 128 * steps, 2) / steps
-    print_row(what + "uncompiled: textbook / ours", *times)
+    print_row(what + "textbook / ours, not compiled", *times)
 
 
 def epoch(options):
-    what = "epoch of 20,000 + 5,000, compiled: textbook / ours"
+    what = "epoch of 20,000 + 5,000 images: textbook / ours, compiled"
     print_row(what, *train(options, "on", 20_000, 5_000))
 
 
@@ -222,7 +222,8 @@ def main():
     options.device = model.resolve_device()
     options.precision = model.resolve_precision(options.precision, options.device)
     where = [f"{key.replace('_', ' ')} {value}" for key, value in model.environment().items()]
-    print(f"Measured in {options.precision} on {joblib.cpu_count()} CPU cores; {', '.join(where)}.")
+    what = f"Medians of {options.pairs} pairs, in {options.precision} on random images"
+    print(f"{what}, with {joblib.cpu_count()} CPU cores; {', '.join(where)}.")
     print("\n| what | ours, s | theirs, s | ratio (median, lowest to highest) |")
     print("| --- | ---: | ---: | ---: |", flush=True)
     for name in options.rows or ROWS:

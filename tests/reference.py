@@ -26,22 +26,28 @@ RUN = reproduce.REFERENCE / "tissuemnist"
 
 
 def seeds(images):
-    """Print a table like seeds.csv: the images that seed 0's predictions name, by all networks."""
+    """Print the figures and AUCs of all networks on the images that seed 0's predictions name."""
     test = metrics.read_predictions(RUN / "test" / "predictions.csv")
     rows = {name: row for row, name in enumerate(data.ids(images.images))}
     if missing := {*test.ids} - {*rows}:
         raise data.DataError(f"{images.source} lacks {len(missing):,} of our test images")
     pixels = data.stretch(images.images[[rows[name] for name in test.ids]])
     found = []
-    print("accuracy, macro F1, recall and precision, mean AUC of raw logits")
     for folder in (RUN, *sorted(RUN.glob("seed-*"))):
         logits = model.predict(model.load_network(folder / "train" / "model.pt"), pixels).numpy()
         figures = metrics.summary(test.labels, logits.argmax(1), images.num_classes)
         areas = [curve.auc for curve in metrics.roc_curves(test.labels, logits)]
-        found.append([*figures.values(), np.mean(areas)])
-        print(f"{folder.name:<11}", *(f"{value:.4f}" for value in found[-1]))
-    for name, row in (("mean", np.mean(found, 0)), ("std", np.std(found, 0, ddof=1))):
-        print(f"{name:<11}", *(f"{value:.4f}" for value in row))
+        found.append([*figures.values(), *areas, np.mean(areas)])
+    poster = metrics.read_column(reproduce.POSTER / "table.csv", "value")
+    areas = metrics.read_column(reproduce.POSTER / "auc.csv", "auc")
+    poster += [*areas, np.mean(areas)]
+    table = {f"seed {seed}": row for seed, row in enumerate(found)}
+    table |= {"mean": np.mean(found, 0), "std": np.std(found, 0, ddof=1), "poster": poster}
+    table["largest"] = np.abs(np.subtract(found, poster)).max(0)
+    print("         accur. F1     recall precis. AUC of class 0, 1, ...", "mean".rjust(42))
+    for name, row in table.items():
+        print(f"{name:<8}", *(f"{value:.4f}" for value in row))
+    print("largest: the largest difference of a seed from the poster")
 
 
 def search(images):
