@@ -83,7 +83,8 @@ def main():
     try:
         {"seeds": seeds, "search": search}[options.what](data.load(options.data))
     except reproduce.ERRORS as error:
-        sys.exit(f"reference.py: error: {metrics.describe(error)}")
+        print(f"reference.py: error: {metrics.describe(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
