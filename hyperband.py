@@ -162,6 +162,8 @@ def _hyperband(space, schedule, seed, log, trials) -> Iterator[tuple]:
     A plan is a Trial without an outcome, and `previous` is the resource that it has used so far.
     `trials` are those of the log. The caller finishes the plans and appends them, in their order.
     """
+    if not schedule or not all(schedule):
+        raise SearchError("a schedule has at least one bracket, a bracket at least one rung")
     rng = random.Random(seed)
     numbers = itertools.count()
     start = 0

@@ -182,6 +182,9 @@ def test_the_log_says_why_a_trial_failed(tmp_path):
         None,
     ]
     assert replay(log, space, schedule) == result
+    for empty in [], [[]]:
+        with pytest.raises(SearchError, match=r"^a schedule has at least one bracket"):
+            search(objective, space, empty)
     with pytest.raises(SearchError, match=r"^all 3 trials failed; the first: the loss is -inf$"):
         search(objective, space, [[Rung(3, 1), Rung(1, 2)]])
 
