@@ -299,11 +299,14 @@ def read_predictions(path: str | Path) -> Predictions:
     if header != _predictions_header(num_classes) or not lines or "" in lines:
         expected = "rows of id,label,predicted,logit_0,logit_1,... and no other columns"
         raise MetricsError(f"{path}: expected {expected}")
+    for row, line in enumerate(lines, 2):
+        if line.count(",") != header.count(","):
+            raise MetricsError(f"{path}: row {row} has {line.count(',') + 1} cells")
     dtype = [("id", object), ("label", int), ("predicted", int), ("logits", "f4", num_classes)]
     try:
         table = np.loadtxt(lines, dtype, delimiter=",", comments=None, ndmin=1)
-    except ValueError as error:  # names row and column
-        raise MetricsError(f"{path}: {error} (rows are counted below the header)") from None
+    except ValueError as error:  # names row and column, both counted from 0
+        raise MetricsError(f"{path}: {error} (row 0 is below the header)") from None
     ids = np.array(table["id"].tolist())
     labels, predicted, logits = (table[name].copy() for name in ("label", "predicted", "logits"))
     for wrong, problem in (
@@ -543,7 +546,7 @@ def claim(check: Callable[..., None]) -> str:
 
 
 def check(folder: str | Path) -> bool:
-    """Check a run's folder, its test folder or the poster's; return whether no problem was found.
+    """Check the test folder of a run, or the poster's folder; return whether no problem was found.
 
     MetricsError is raised where there is nothing to check.
     """
@@ -551,7 +554,7 @@ def check(folder: str | Path) -> bool:
     folder = root / "test" if (root / "test").is_dir() else root
     if (folder / "predictions.csv").exists():
         check_metrics = check_tables
-        left_out = "what needs images, model.pt or run.json: python reproduce.py --stage verify"
+        left_out = "what is not in test/ alone: python reproduce.py --stage verify"
     elif (folder / "roc.csv").exists():
         check_metrics = check_poster
         left_out = "history.csv and class names; all against the poster itself"

@@ -233,7 +233,7 @@ ROW = HEADER + "a,1,1,0.5,1\n"
     [
         (ROW + "a,1,1,0.5,1", "cut short"),
         (ROW + "a,1,1,0.5,\udcff1\n", "row 1, column 5"),
-        (ROW + "a,1,1,0.5\n", "5 columns"),
+        (ROW + "a,1,1,0.5\n", "row 3 has 4 cells"),
         (ROW + "\n", "expected rows of id,label"),
         (HEADER, "expected rows of id,label"),
         ("id,label,predicted,logit_0\na,0,0,1\n", "expected rows of id,label"),
@@ -416,6 +416,7 @@ def test_check_finds_nothing_wrong(run, capsys):
         ("test/roc/auc.csv", "4,4,0.", "4,4,0.0", "row 6, column auc: 0.0"),
         ("test/roc/class_1.csv", "\n0.0,0.0,inf", "\n0.0,0.0,9", "row 2, column threshold: 9"),
         ("test/predictions.csv", "predicted", "prediction", "expected rows of id,label"),
+        ("test/predictions.csv", "\n", "\n1,", "row 2 has 12 cells"),
         ("confusion.csv", "\n0,12535", "\n0,12536", "50001 images, not 50000"),
         ("table.csv", "0.5678", "0.5679", "column value: .*0.5679], recomputed .*0.5678]"),
         ("table.csv", "metric,value\n", "metric,value\nF2,0.1\n", "column value: .0.1, 0.6387"),
