@@ -210,7 +210,8 @@ def load(
             why = f"the digits stand in for TissueMNIST: no connection to {url}: {reason}"
             warnings.warn(why, stacklevel=2)
             return _load_digits()
-        raise DataError(f"{path}: {error}: name its root, {by_hand}") from error
+        why = str(getattr(error, "strerror", None) or error)  # without the path once more
+        raise DataError(f"{path}: {why}: choose another root, {by_hand}") from error
     if md5 != MEDMNIST[name]:
         raise DataError(f"{path} has MD5 {md5}: remove it and {by_hand}")
     return _load_npz(path, name, md5)
@@ -263,7 +264,7 @@ def _load_npz(path: Path, source: str, md5: str) -> ImageData:
             labels = [npz[f"{part}_labels"].reshape(len(pixels)) for part, pixels in pairs]
         ends = np.cumsum([len(part_labels) for part_labels in labels])
         images = np.concatenate(images, dtype=np.uint8, casting="no")
-        # Integers of any size and byte order pass, other types do not.
+        # Booleans and integers of any size and byte order pass, other types do not.
         labels = np.concatenate(labels, dtype=np.int64, casting="same_kind")
     except Exception as error:  # of numpy, zipfile, zlib, ast: no documented, closed set
         problem = "not of MedMNIST's layout, damaged, or too large for the memory here"

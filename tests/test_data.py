@@ -334,7 +334,7 @@ def test_no_digits_where_a_connection_is(server, monkeypatch, scheme, status, do
     server.status = status
     monkeypatch.setattr(data, "URL", data.URL.replace("http", scheme))
     by_hand = rf"fetch {scheme}://127.0.0.1:.* by hand to {server.target} \(MD5 "
-    with pytest.raises(data.DataError, match=f"{message}.*name its root.*{by_hand}"):
+    with pytest.raises(data.DataError, match=f"{message}.*choose another root.*{by_hand}"):
         data.load("auto", server.target.parent, download)
 
 
