@@ -3,7 +3,7 @@
     python tests/benchmark.py [ROW ...] [--precision fp32] [--pairs 5]
 
 Machines drift, so only ratios count: ours and theirs take turns, a row has the medians of the times
-and of the ratios. Where compiling fails, a warning on stderr says that a row is not what it says.
+and of the ratios. Where compiling fails, a warning on stderr says that a row was not compiled.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def save_random(path, n, size=28):
 
 def elsewhere(function, *arguments):
     # In a process of its own, as its user would run it: in ours the textbook would gain a fifth by
-    # the heap that a compiler has grown, which spares it thousands of page faults a step.
+    # the heap that a compiler has grown, which spares it thousands of page faults per step.
     process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     return lambda: process.submit(function, *arguments).result()
 
@@ -77,7 +77,7 @@ def textbook(device, precision):
 
 
 def textbook_epoch(device, precision, num_train, num_valid):
-    """Train, and then return the logits of validation images, a tensor a batch."""
+    """Train, and then return the logits of validation images, one tensor per batch."""
     pairs, network, optimizer, autocast, scaler = textbook(device, precision)
     network.train()
     for x, y in DataLoader(pairs[:num_train], batch_size=128, shuffle=num_train > 0):
@@ -89,7 +89,7 @@ def textbook_epoch(device, precision, num_train, num_valid):
         scaler.update()
         loss.item()  # to be printed
     network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), autocast:
         return [network(x.to(device)).cpu() for x, _ in DataLoader(pairs[:num_valid], 128)]
 
 
@@ -144,7 +144,7 @@ def epoch(options):
 
 def predict(options):
     network, (x, _) = model.build({}), random_images(50_000)
-    theirs = elsewhere(textbook_epoch, options.device, options.precision, 0, len(x))
+    theirs = elsewhere(textbook_epoch, options.device, "fp32", 0, len(x))
     torch.testing.assert_close(model.predict(network, x), torch.cat(theirs()), rtol=1e-3, atol=1e-4)
     times = pair(options, lambda: model.predict(network, x), theirs)
     print_row("prediction of 50,000 images in fp32: textbook / ours", *times)
@@ -171,7 +171,6 @@ def search(options):
 def peak_memory(path):
     status = Path("/proc/self/status")  # Linux; getrusage's peak has the parent process's in it
     before, images = status.read_text(), data.load(path)
-    data.split(images, "poster", 0)
     low, high = (int(text.split("VmHWM:")[1].split()[0]) for text in (before, status.read_text()))
     return (high - low) * 1024 / images.images.nbytes
 
@@ -209,7 +208,8 @@ def parse(argv):
     # Not by `choices`: Python 3.11 looks for the empty list of no ROW in them.
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--precision", choices=model.PRECISIONS, default="auto")
-    parser.add_argument("--pairs", type=int, default=5, help="default: 5", metavar="N")
+    number = partial(reproduce.whole_number, 1)
+    parser.add_argument("--pairs", type=number, default=5, help="default: 5", metavar="N")
     options = parser.parse_args(argv)
     for name in options.rows:
         if name not in ROWS:
