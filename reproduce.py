@@ -98,7 +98,7 @@ def comparable(about: dict[str, Any]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; return 0 done, 1 verify found a fault, 2 refused, 130 interrupted."""
+    """Run a command line; return 0 done, 1 verify found a fault, 2 not done, 130 interrupted."""
     with contextlib.suppress(AttributeError):  # Standard output is closed, or a test's.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -257,7 +257,7 @@ def compare(run: Run, folder: Path, settings: dict[str, Any]) -> None:
     steps = [*itertools.product(sizes, SYSTEMS)]
     path = folder / "compare.csv"
     rows = metrics.read_csv(path)[1] if path.exists() else []
-    # A random order that begins with one image of each class: every prefix has all classes.
+    # A random order that begins with one image of each class, so that small sizes have them all.
     shuffled = random.Random(settings["seed"]).sample(
         run.split.train.tolist(), len(run.split.train)
     )
@@ -352,7 +352,12 @@ class Workers(ProcessPoolExecutor):
 def end_with_parent() -> None:
     """End this worker process as soon as its parent has ended; it would wait for work forever."""
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def dask_client(address: str) -> Any:
@@ -495,9 +500,8 @@ FIELDS = tuple(asdict(model.POSTER))  # The names of the hyperparameters.
 # What a record has under a name that is no option: the option that decides it, if there is one.
 OPTION_OF = {name: "hyperparameters" for name in FIELDS if name != "epochs"}
 OPTION_OF |= dict.fromkeys(
-    ("space", "model_sha256", "shape", "class_names", "sizes", "test_counts")
+    ("space", "model_sha256", "md5", "shape", "class_names", "sizes", "test_counts")
 )
-OPTION_OF["md5"] = "data"
 
 
 def settings_of(run: Run, stage: str, options: Namespace) -> dict[str, Any]:
@@ -578,7 +582,7 @@ def read_schedule(schedule: str) -> list[list[hyperband.Rung]]:
 
 STAGES = ("tune", "train", "test", "compare")
 DATA_DEFAULTS = {"split": "poster", "split_seed": 0, "pixels": "stretched"}
-# The names in a record's "data", and in the "settings" of each stage, in order.
+# The names in a record's "data", and in the "settings" of each stage.
 DATA_TYPES = {
     **dict.fromkeys(("name", "source", "md5", "split", "pixels"), str),
     **dict.fromkeys(("shape", "class_names", "sizes", "test_counts"), list),
@@ -672,8 +676,8 @@ def open_run(options: Namespace) -> Run:
     if not begins_run(options) and not finished_records(folder):
         advice = "do --stage all first, or name its --results"
         raise RunError(f"{folder} holds no run with a finished stage: {advice}")
-    # Figures and report follow from the stages' folders.
-    if images is None and {*STAGES} & {*options.stage}:
+    # Report and figures follow from the stages' folders, but for the samples of the images.
+    if images is None and (options.data or {*STAGES} & {*options.stage}):
         source = options.data or known.get("source", "auto")
         try:
             images = load_images(source, options)
@@ -803,7 +807,7 @@ def needed_stage(stage: str, hyperparameters: str | None) -> str | None:
 
 
 def refuse_other_data(run: Run) -> None:
-    """Raise RunError where the folder has other files, other data, or lacks a stage it needs."""
+    """Raise RunError where the folder has other files or data, or lacks what a stage came from."""
     records = read_records(run.folder)
     ours = {"figures", "report.md", *(f"{stage}.part" for stage in STAGES)}
     foreign = {path.name for path in run.folder.glob("[!.]*")} - ours
@@ -878,10 +882,12 @@ def read_records(folder: Path, skip_damaged: bool = False) -> dict[str, dict[str
                 has_types(about, DATA_TYPES)
                 and {type(n) for n in about["shape"] + about["sizes"] + about["test_counts"]}
                 == {int}
+                and len(about["shape"]) in (3, 4)
                 and {type(name) for name in about["class_names"]} == {str}
                 and about["split"] in ("poster", "official")
                 and has_types(settings, SETTING_TYPES[stage])
-                and record["environments"][-1]["device"]
+                and all(environment["device"] for environment in record["environments"])
+                and record["environments"]
                 and record.get("seconds", place.suffix == ".part") > 0
             )
             if "schedule" in settings:
@@ -1261,10 +1267,11 @@ def verify(run: Run) -> bool:
     for stage in STAGES:
         if (run.folder / f"{stage}.part").exists():
             print(f"-        {stage}.part is not finished: not checked")
-    missing = missing_evidence(run)
+    checks, missing = (CHECKS[0], CHECKS[-1]), {}
+    if run.about:  # Without any whole record, there is nothing to check the other files against.
+        checks, missing = CHECKS, missing_evidence(run)
     num_wrong = num_left_out = 0
-    # Without any whole record, there is nothing to check the other files against.
-    for check, stage, needed in CHECKS if run.about else (CHECKS[0], CHECKS[-1]):
+    for check, stage, needed in checks:
         if stage and not (run.folder / stage).exists():
             continue
         if needed in missing:
@@ -1273,7 +1280,8 @@ def verify(run: Run) -> bool:
         elif not metrics.passes(check, run, root=run.folder, errors=ERRORS):
             num_wrong += 1
     print("on trust training losses and accuracies, validation before the last epoch, trials'")
-    print("         losses, seconds, environments, figures, compare.csv")
+    print("         losses, that training had run.json's settings, seconds, environments, figures,")
+    print("         compare.csv")
     where = f"in what was checked of {run.folder}" if num_left_out else f"in {run.folder}"
     print(f"verify   {'something is WRONG' if num_wrong else 'nothing wrong'} {where}", flush=True)
     return num_wrong == 0
@@ -1376,7 +1384,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     text = "compile the training step; auto (default): on a CPU, where training takes minutes"
     add("--compile", choices=model.COMPILE, help=text)
     text = "most training images of compare; default: 10000"
-    add("--compare-max", help=text, **count)
+    add("--compare-max", help=text, metavar="N", type=partial(whole_number, 10))
 
     options = parser.parse_args(argv)
     if "all" in options.stage:
@@ -1386,8 +1394,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             if getattr(options, name) is not None and not {*stages} & {*options.stage}:
                 option = f"--{name.replace('_', '-')}"
                 parser.error(f"{option} has no effect on --stage {' '.join(options.stage)}")
-    if "" in (options.results, options.data):
-        parser.error("--results and --data need a name: is a variable empty?")
+    for name, value in vars(options).items():
+        if value == "":
+            parser.error(f"--{name.replace('_', '-')} is empty: is a variable not set?")
     if options.data == "auto":  # What data.py calls the default, too.
         options.data = None
     if options.dask and (options.workers or not re.fullmatch(r"\w+://.+:\d+", options.dask)):

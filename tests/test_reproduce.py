@@ -175,7 +175,6 @@ def test_a_finished_stage_is_not_done_again(finished, chain):
         ("test --split official", "with split 'poster', not 'official'", "split"),
         ("test --split-seed 1", "with split_seed 0, not 1", "split-seed"),
         ("test --pixels raw", "with pixels 'stretched', not 'raw'", "pixels"),
-        ("test --data digits", "with md5", "data"),
     ],
 )
 def test_other_settings_are_refused_and_nothing_is_touched(finished, words, made, option):
@@ -183,9 +182,14 @@ def test_other_settings_are_refused_and_nothing_is_touched(finished, words, made
     line = refused("--stage", words, "--results", finished)
     assert made in line and f"leave out --{option} to go on, or " in line
     place = re.search("error: (.*) was made", line)[1]
-    is_data = option in ("split", "split-seed", "pixels", "data")
+    is_data = option in ("split", "split-seed", "pixels")
     assert ("choose another --results" if is_data else f"remove {place} to do it again") in line
     assert snapshot(finished) == before
+
+
+def test_other_images_are_refused(finished):
+    line = refused("--stage test --data digits --results", finished)
+    assert "tune was made with md5 " in line and line.endswith(": choose another --results\n")
 
 
 def test_what_is_not_given_is_as_the_stage_was_begun(tiny, tmp_path):
@@ -398,6 +402,12 @@ def test_a_damaged_run_json_is_refused(finished):
         assert wrong(finished)[0].startswith("train/run.json: damaged; restore it")
 
 
+def test_verify_with_images_where_every_run_json_is_damaged(finished, tiny):
+    for path in finished.glob("*/run.json"):
+        path.write_text("{}")
+    assert wrong(finished, "--data", tiny)[0].startswith("tune/run.json: damaged; restore it")
+
+
 def test_a_resumed_stage_records_both_machines(whole, tiny, tmp_path, monkeypatch):
     train = "--stage train --epochs 2 --precision fp32 --data", tiny, "--results", tmp_path
     monkeypatch.setenv("GIT_DIR", str(tmp_path))  # another repository's
@@ -429,7 +439,7 @@ def test_one_command_at_a_time_uses_a_folder(finished):
 # ---- figures and the poster ----------------------------------------------------------------------
 
 
-def test_figures_are_drawn_and_a_stage_made_anew_removes_its_own(finished, monkeypatch):
+def test_figures_are_drawn_and_a_stage_made_anew_removes_its_own(finished, tiny, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(importlib.util, "find_spec", FIND_SPEC)
     figures = finished / "figures"
@@ -438,7 +448,7 @@ def test_figures_are_drawn_and_a_stage_made_anew_removes_its_own(finished, monke
     names = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
     assert {path.name for path in figures.iterdir()} == names
     assert "(figures/roc.png)" in (finished / "report.md").read_text()
-    assert "samples" in run("--stage test --results", finished)
+    assert "samples" in run("--stage figures --results", finished, "--data", tiny)
     assert wrong(finished) == []
     (finished / "test").rename(finished.parent / "away")
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
@@ -550,6 +560,8 @@ ALL = "*/run.json"
         (ALL, '"split": "poster"', '"split": "other"', "/run.json: "),
         (ALL, r'"source": ".*"', '"source": 3', "/run.json: damaged"),
         (ALL, r'"shape": \[\n +(\d+)', r'"shape": ["\1"', "/run.json: damaged"),
+        (ALL, r'"shape": \[\n +(\d+)[^]]*', r'"shape": [\1', "/run.json: damaged"),
+        (ALL, r'"environments": \[', '"environments": ["x",', "/run.json: damaged"),
         ("tune/run.json", '"seed": 0', '"seed": []', "tune/run.json: damaged"),
     ],
 )
@@ -677,7 +689,8 @@ def test_a_checkout_does_not_convert_the_committed_results(tmp_path):
         ("--dask tcp://host:1 --workers 2", "no --workers beside it"),
         ("--seed -1", "no whole number from 0"),
         ("--seed 4294967296", "no whole number"),
-        ("--results=", "is a variable empty"),
+        ("--results=", "--results is empty: is a variable not set?"),
+        ("--schedule=", "--schedule is empty"),
         ("--results=~no-such-user/x", "--results ~no-such-user/x: Could not determine"),
         ("--data digits --split official --split-seed 3", "no effect on the official split"),
         ("--data digits --split official", "no official split"),
