@@ -1,6 +1,7 @@
-"""Compute again what README says of results/reference/tissuemnist and no stage writes.
+"""Compute again what README says of our runs on TissueMNIST and no stage writes.
 
-    python tests/reference.py seeds DATA   all seeds' networks on seed 0's test images
+    python tests/reference.py seeds DATA   all seeds' networks, and that of raw pixels, on seed 0's
+                                           test images
     python tests/reference.py search DATA  the search's best and the poster's hyperparameters, each
                                            trained on the search's images to its last rung
 
@@ -27,28 +28,33 @@ RUN = reproduce.REFERENCE / "tissuemnist"
 
 
 def seeds(images):
-    """Print the figures and AUCs of all networks on the images that seed 0's predictions name."""
+    """Print the figures and AUCs of our networks on the images that seed 0's predictions name."""
     test = metrics.read_predictions(RUN / "test" / "predictions.csv")
     rows = {name: row for row, name in enumerate(data.ids(images.images))}
     if missing := {*test.ids} - {*rows}:
         raise data.DataError(f"{images.source} lacks {len(missing):,} of our test images")
-    pixels = data.stretch(images.images[[rows[name] for name in test.ids]])
-    found = []
-    for folder in (RUN, *sorted(RUN.glob("seed-*"))):
-        logits = model.predict(model.load_network(folder / "train" / "model.pt"), pixels).numpy()
+    raw = images.images[[rows[name] for name in test.ids]]
+    pixels = {"raw": raw, "stretched": data.stretch(raw)}
+
+    def measure(folder):
+        network = model.load_network(folder / "train" / "model.pt")
+        logits = model.predict(network, pixels[network.pixels]).numpy()
         figures = metrics.summary(test.labels, logits.argmax(1), images.num_classes)
         areas = [curve.auc for curve in metrics.roc_curves(test.labels, logits)]
-        found.append([*figures.values(), *areas, np.mean(areas)])
+        return [*figures.values(), *areas, np.mean(areas)]
+
+    found = [measure(folder) for folder in (RUN, *sorted(RUN.glob("seed-*")))]
     poster = metrics.read_column(reproduce.POSTER / "table.csv", "value")
     areas = metrics.read_column(reproduce.POSTER / "auc.csv", "auc")
     poster += [*areas, np.mean(areas)]
     table = {f"seed {seed}": row for seed, row in enumerate(found)}
     table |= {"mean": np.mean(found, 0), "std": np.std(found, 0, ddof=1), "poster": poster}
     table["largest"] = np.abs(np.subtract(found, poster)).max(0)
+    table["raw"] = measure(RUN.with_name("tissuemnist-raw"))
     print("         accur. F1     recall precis. AUC of class 0, 1, ...", "mean".rjust(42))
     for name, row in table.items():
         print(f"{name:<8}", *(f"{value:.4f}" for value in row))
-    print("largest: the largest difference of a seed from the poster")
+    print("largest: the largest difference of a seed from the poster; raw: seed 0 on raw pixels")
 
 
 def search(images):
