@@ -688,6 +688,7 @@ def test_a_checkout_does_not_convert_the_committed_results(tmp_path):
         ("--schedule 81,1", "eta must be an integer from 2"),
         ("--dask tcp://host:1 --workers 2", "no --workers beside it"),
         ("--seed -1", "no whole number from 0"),
+        ("--stage compare --compare-max 9", "'9' is no whole number from 10"),
         ("--seed 4294967296", "no whole number"),
         ("--results=", "--results is empty: is a variable not set?"),
         ("--schedule=", "--schedule is empty"),
