@@ -187,9 +187,11 @@ def test_other_settings_are_refused_and_nothing_is_touched(finished, words, made
     assert snapshot(finished) == before
 
 
-def test_other_images_are_refused(finished):
+def test_other_images_are_refused_and_nothing_is_touched(finished):
+    before = snapshot(finished)
     line = refused("--stage test --data digits --results", finished)
     assert "tune was made with md5 " in line and line.endswith(": choose another --results\n")
+    assert snapshot(finished) == before
 
 
 def test_what_is_not_given_is_as_the_stage_was_begun(tiny, tmp_path):
